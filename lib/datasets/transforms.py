@@ -1,0 +1,165 @@
+"""From a picture to what the network sees: geometry on the CPU, arithmetic on the device.
+
+Every random number is a function of (seed, epoch, sample) or (seed, step, pair of samples), so a
+batch is the same whoever makes it: any number of workers or devices, before and after a resume.
+"""
+
+import math
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lib.params import Augment, Data
+
+CROP, JITTER, PAIR, ORDER = range(4)
+"""Families of random numbers: the second word of every seed, so that no two share a stream."""
+
+
+def epoch_order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
+    """The permutation of the data set in one epoch, (num_samples,)."""
+    return np.random.default_rng((seed, ORDER, epoch)).permutation(num_samples)
+
+
+def crop_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
+    """The generator of one sample's crop and flip in one epoch."""
+    return np.random.default_rng((seed, CROP, epoch, index))
+
+
+def resampling(data: Data) -> Image.Resampling:
+    return Image.Resampling[data.interpolation.upper()]
+
+
+def random_crop_box(
+    width: int, height: int, augment: Augment, rng: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom of a random-resized-crop, pixels (Szegedy et al. 2015).
+
+    Area share uniform in `scale`, aspect ratio log-uniform in `ratio`; after ten misses the
+    largest centred crop of an allowed ratio.
+    """
+    area = width * height
+    log_ratio = np.log(augment.ratio)
+    for _ in range(10):
+        target = area * rng.uniform(*augment.scale)
+        ratio = math.exp(rng.uniform(*log_ratio))
+        w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1))
+            return left, top, left + w, top + h
+    w = min(width, round(height * augment.ratio[1]))
+    h = min(height, round(width / augment.ratio[0]))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def train_view(
+    image: Image.Image, size: int, data: Data, rng: np.random.Generator
+) -> tuple[Image.Image, tuple[float, float, float, float], bool]:
+    """Choose a training view: the JPEG read at a fitting scale, the box to crop, whether to flip.
+
+    The JPEG decoder can drop whole octaves while it decodes (DCT scaling), which is several times
+    faster for large photographs; the box is scaled along.
+    """
+    width, height = image.size
+    left, top, right, bottom = random_crop_box(width, height, data.augment, rng)
+    flip = bool(rng.random() < data.augment.hflip)
+    shrink = min((right - left) / size, (bottom - top) / size)
+    if image.format == "JPEG" and shrink >= 2:
+        image.draft(None, (math.ceil(width / shrink), math.ceil(height / shrink)))
+    sx, sy = image.size[0] / width, image.size[1] / height
+    return image, (left * sx, top * sy, right * sx, bottom * sy), flip
+
+
+def val_box(width: int, height: int, data: Data) -> tuple[float, float, float, float]:
+    """The centred square that holds `val_crop` of the shorter side, pixels."""
+    side = min(width, height) * data.val_crop
+    left, top = (width - side) / 2, (height - side) / 2
+    return left, top, left + side, top + side
+
+
+# --------------------------------------------------------------------------------------------
+# On the device, for a whole batch
+# --------------------------------------------------------------------------------------------
+
+
+def normalize(images: Tensor, data: Data) -> Tensor:
+    """uint8 (B, C, H, W) to float32, channel means taken off and deviations divided by."""
+    mean = torch.tensor(data.mean, device=images.device).view(1, -1, 1, 1) * 255
+    std = torch.tensor(data.std, device=images.device).view(1, -1, 1, 1) * 255
+    return (images.float() - mean) / std
+
+
+def denormalize(images: Tensor, data: Data) -> np.ndarray:
+    """What `normalize` made, back as uint8 pictures (B, H, W, C) for people."""
+    mean = torch.tensor(data.mean, device=images.device).view(1, -1, 1, 1)
+    std = torch.tensor(data.std, device=images.device).view(1, -1, 1, 1)
+    pictures = ((images.float() * std + mean) * 255).round().clamp(0, 255).byte()
+    return pictures.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def color_jitter(images: Tensor, factors: Tensor) -> Tensor:
+    """Scale brightness, contrast and saturation of uint8-valued float images.
+
+    images: (B, C, H, W) in [0, 255]. factors: (B, 3), 1 changes nothing.
+    """
+    brightness, contrast, saturation = factors.view(-1, 3, 1, 1, 1).unbind(1)  # each (B, 1, 1, 1)
+    images = images * brightness
+    mean = images.mean((1, 2, 3), keepdim=True)
+    images = mean + (images - mean) * contrast
+    grey = images.mean(1, keepdim=True)
+    return (grey + (images - grey) * saturation).clamp(0, 255)
+
+
+def jitter_factors(strength: float, seed: int, epoch: int, indices: np.ndarray) -> Tensor:
+    """Brightness, contrast and saturation factors of each sample, (B, 3)."""
+    low, high = max(0.0, 1 - strength), 1 + strength
+    rows = [np.random.default_rng((seed, JITTER, epoch, int(i))).uniform(low, high, 3)
+            for i in indices]
+    return torch.tensor(np.asarray(rows), dtype=torch.float32)
+
+
+def mix_plan(augment: Augment, seed: int, step: int, positions: range, size: int) -> Tensor:
+    """How each sample of a batch is mixed with its neighbour, (B, 5): share, then the box cut out.
+
+    Mixup (Zhang et al. 2018) keeps `share` of every pixel; cutmix (Yun et al. 2019) keeps all but
+    the box left, top, right, bottom. Partners are positions 2i and 2i + 1 of the *global* batch
+    and each pair draws its own numbers, so the result does not depend on how the batch is split
+    over devices or micro-batches. With both alphas set each pair takes one by a fair coin.
+    """
+    plan = np.zeros((len(positions), 5), np.float32)
+    plan[:, 0] = 1
+    for pair in range(len(positions) // 2):
+        rng = np.random.default_rng((seed, PAIR, step, positions[2 * pair] // 2))
+        use_cutmix = augment.cutmix > 0 and (augment.mixup == 0 or rng.random() < 0.5)
+        alpha = augment.cutmix if use_cutmix else augment.mixup
+        share = rng.beta(alpha, alpha)
+        row = plan[2 * pair : 2 * pair + 2]
+        if use_cutmix:
+            side = round(size * math.sqrt(1 - share))
+            left, top = rng.integers(0, size - side + 1, 2)
+            row[:, 1:] = left, top, left + side, top + side
+        else:
+            row[:, 0] = share
+    return torch.from_numpy(plan)
+
+
+def swap_pairs(values: Tensor) -> Tensor:
+    """Each sample's partner along the first axis; an unpaired last sample is its own."""
+    even = len(values) // 2 * 2
+    pairs = values[:even].unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    return torch.cat([pairs, values[even:]])
+
+
+def mix(images: Tensor, plan: Tensor) -> tuple[Tensor, Tensor]:
+    """Carry out a `mix_plan`. images: float (B, C, H, W). Returns them mixed, and own shares (B,).
+    """
+    height, width = images.shape[-2:]
+    share, left, top, right, bottom = plan.view(-1, 5, 1, 1, 1).unbind(1)  # each (B, 1, 1, 1)
+    y = torch.arange(height, device=images.device).view(1, 1, -1, 1)
+    x = torch.arange(width, device=images.device).view(1, 1, 1, -1)
+    inside = (y >= top) & (y < bottom) & (x >= left) & (x < right)  # (B, 1, H, W)
+    keep = share * ~inside
+    partner = swap_pairs(images)
+    return partner + (images - partner) * keep, keep.mean((1, 2, 3))

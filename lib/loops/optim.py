@@ -1,0 +1,57 @@
+"""The optimizer and its parameter groups."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from lib.params import Optim
+
+DECAYED = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
+
+
+def param_groups(model: nn.Module, optim: Optim) -> list[dict]:
+    """Two groups: weights of convolutions and linear layers decay; all else decays less or not.
+
+    By the type of the module that owns a parameter, never by its name: `'bn' in name` misses
+    `downsample.1`. Each trainable parameter is in exactly one group.
+    """
+    decayed, other = [], []
+    seen: set[int] = set()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad or id(parameter) in seen:
+                continue  # frozen, or tied to one that is in a group already
+            seen.add(id(parameter))
+            is_weight = isinstance(module, DECAYED) and name.endswith("weight")
+            (decayed if is_weight else other).append(parameter)
+    return [
+        {"name": "conv and linear weights", "params": decayed, "weight_decay": optim.weight_decay},
+        {"name": "norms, biases, others", "params": other,
+         "weight_decay": optim.norm_weight_decay},
+    ]
+
+
+def build(groups: list[dict], optim: Optim, lr: float) -> torch.optim.Optimizer:
+    """The optimizer of the params; `fused` runs each group in one kernel where there is one."""
+    groups = [group for group in groups if group["params"]]
+    if optim.name == "sgd":
+        nesterov = optim.nesterov and optim.momentum > 0
+        return torch.optim.SGD(groups, lr, momentum=optim.momentum, nesterov=nesterov, fused=True)
+    betas = (optim.momentum, optim.beta2)
+    return torch.optim.AdamW(groups, lr, betas=betas, fused=True)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def group_rows(model: nn.Module, groups: list[dict]) -> Iterator[tuple[str, int, int, float]]:
+    """Name, tensors, parameters, weight decay of each group, and of what is frozen."""
+    for group in groups:
+        numel = sum(parameter.numel() for parameter in group["params"])
+        yield group["name"], len(group["params"]), numel, group["weight_decay"]
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    if frozen:
+        yield "frozen", len(frozen), sum(parameter.numel() for parameter in frozen), 0.0

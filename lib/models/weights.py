@@ -1,0 +1,68 @@
+"""Starting from a file of weights: read without unpickling code, and say how much was loaded."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lib.errors import BadInput
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What a file gave a network. Counts are of tensors."""
+
+    num_loaded: int
+    num_expected: int
+    missing: tuple[str, ...]
+    """The network's tensors the file does not have."""
+    mismatched: tuple[str, ...]
+    """In both, of different shapes (a new head, say)."""
+    unused: tuple[str, ...]
+    """The file's tensors the network does not have."""
+
+    @property
+    def share(self) -> float:
+        return self.num_loaded / self.num_expected
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors or .pth file; BadInput where it is neither."""
+    if not path.is_file():
+        raise BadInput(f"{path}: no such weights file")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # each reader has its own errors for "not such a file"
+        start = path.open("rb").read(16)
+        raise BadInput(
+            f"{path}: not a readable weights file ({type(error).__name__}; {path.stat().st_size:,} "
+            f"bytes, starts with {start!r}); fetch it again"
+        ) from None
+    for key in ("state_dict", "model", "module"):
+        if isinstance(state.get(key), dict):
+            state = state[key]
+    return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+
+
+def load(model: nn.Module, path: Path) -> LoadReport:
+    """Copy the tensors whose names and shapes agree into `model`."""
+    found = read_state_dict(path)
+    own = model.state_dict()
+    fitting = {
+        name: tensor
+        for name, tensor in found.items()
+        if name in own and own[name].shape == tensor.shape
+    }
+    model.load_state_dict(fitting, strict=False)
+    return LoadReport(
+        num_loaded=len(fitting),
+        num_expected=len(own),
+        missing=tuple(name for name in own if name not in found),
+        mismatched=tuple(name for name in found if name in own and name not in fitting),
+        unused=tuple(name for name in found if name not in own),
+    )

@@ -1,0 +1,260 @@
+"""Image classification: one label an image."""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from PIL import Image
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+
+from lib.datasets import FORMATS, loader, transforms
+from lib.datasets.loader import Request
+from lib.errors import BadInput
+from lib.models import classifier, weights
+from lib.params import Params, resolve_path
+from lib.run import Check
+from lib.tasks.task import Batch
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a network says of a split. N samples, K classes, up to five guesses each."""
+
+    indices: np.ndarray
+    """(N,) positions in the data set."""
+    labels: np.ndarray
+    """(N,)"""
+    guesses: np.ndarray
+    """(N, 5) classes by falling probability; fewer columns with fewer classes."""
+    probabilities: np.ndarray
+    """(N, 5) of the guesses."""
+    losses: np.ndarray
+    """(N,) cross-entropy of the true label, nats."""
+
+    def confusion(self, num_classes: int) -> np.ndarray:
+        """(K, K) counts: row the true class, column the first guess."""
+        flat = self.labels * num_classes + self.guesses[:, 0]
+        return np.bincount(flat, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+class Classify:
+    """Any timm model on a data set of labelled images."""
+
+    headline = "val/top1"
+
+    def __init__(self, params: Params, device: torch.device):
+        self.params, self.device = params, device
+        self.train_data, self.val_data = FORMATS[params.data.format](
+            params.data, params.model.in_chans
+        )
+        self.class_names = self.train_data.class_names
+        num_data_classes = len(self.class_names)
+        self.num_classes = params.model.num_classes or num_data_classes
+        if self.num_classes < num_data_classes:
+            last = self.class_names[self.num_classes]
+            raise BadInput(
+                f"model.num_classes is {self.num_classes}, the data has {num_data_classes} "
+                f"classes: label {self.num_classes} ({last!r}) lies outside the head; set "
+                f"model.num_classes to null or {num_data_classes}"
+            )
+        self.chance = 1 / num_data_classes
+        self.num_train, self.num_val = len(self.train_data), len(self.val_data)
+        model = classifier.build(params.model, self.num_classes)
+        self.weights_report: weights.LoadReport | None = None
+        if params.model.weights:
+            self.weights_report = weights.load(model, resolve_path(params.model.weights))
+        micro_batch = params.train.batch_size // params.train.accumulate
+        if micro_batch == 1 and any(
+            isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()
+        ):
+            raise BadInput(
+                f"train.batch_size {params.train.batch_size} / train.accumulate "
+                f"{params.train.accumulate} leaves one image a forward pass, too few for the "
+                f"BatchNorm of {params.model.name}; raise the batch or lower accumulate"
+            )
+        memory_format = (
+            torch.channels_last if params.machine.channels_last else torch.contiguous_format
+        )
+        self.model = model.to(device, memory_format=memory_format)
+
+    # -- data -----------------------------------------------------------------------------------
+
+    def census(self) -> list[dict]:
+        return [asdict(data.census) for data in (self.train_data, self.val_data)]
+
+    def train_batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
+        data, seed = self.params.data, self.params.seed
+
+        def fill(request: Request, i: int, slot: np.ndarray) -> None:
+            index = int(request.indices[i])
+            rng = transforms.crop_rng(seed, request.epoch, index)
+            image = self.train_data.open(index)
+            try:
+                image, box, flip = transforms.train_view(image, request.image_size, data, rng)
+                slot[:] = self._resized(self.train_data.pixels(image), box, request.image_size)
+            except (OSError, SyntaxError, ValueError) as error:  # PIL's words for a broken file
+                raise self.train_data.unreadable(index, error) from None
+            if flip:
+                slot[:] = slot[:, ::-1].copy()
+
+        augment = data.augment
+        for request, images in self._load(requests, fill):
+            batch = self._batch(request, images, self.train_data.labels)
+            if augment.color_jitter:
+                batch["jitter"] = transforms.jitter_factors(
+                    augment.color_jitter, seed, request.epoch, request.indices
+                )
+            if augment.mixup or augment.cutmix:
+                batch["mix"] = transforms.mix_plan(
+                    augment, seed, request.step, request.positions, request.image_size
+                )
+            yield batch
+
+    def eval_batches(self, split: str) -> Iterator[Batch]:
+        dataset = self.train_data if split == "train" else self.val_data
+        micro_batch = self.params.train.batch_size // self.params.train.accumulate
+        yield from self._plain_batches(
+            dataset,
+            loader.eval_requests(len(dataset), micro_batch, self.params.data.image_size),
+        )
+
+    def frozen_batches(self, num_batches: int, batch_size: int) -> list[Batch]:
+        order = transforms.epoch_order(self.params.seed, 0, self.num_train)
+        chosen = order[: num_batches * batch_size]
+        size = self.params.data.image_size
+        requests = (
+            Request(i, 0, part, size, range(len(part)))
+            for i, part in enumerate(np.array_split(chosen, min(num_batches, len(chosen))))
+        )
+        return list(self._plain_batches(self.train_data, requests))
+
+    def _plain_batches(self, dataset, requests: Iterable[Request]) -> Iterator[Batch]:
+        def fill(request: Request, i: int, slot: np.ndarray) -> None:
+            index = int(request.indices[i])
+            try:
+                image = dataset.pixels(dataset.open(index))
+                box = transforms.val_box(*image.size, self.params.data)
+                slot[:] = self._resized(image, box, request.image_size)
+            except (OSError, SyntaxError, ValueError) as error:
+                raise dataset.unreadable(index, error) from None
+
+        for request, images in self._load(requests, fill):
+            yield self._batch(request, images, dataset.labels)
+
+    def _load(self, requests: Iterable[Request], fill: loader.Fill):
+        return loader.load(
+            requests, fill, self.params.model.in_chans, self.params.data.num_workers,
+            pin=self.device.type == "cuda",
+        )
+
+    def _resized(self, image: Image.Image, box: tuple, size: int) -> np.ndarray:
+        """The box of an image at size x size, (H, W, C)."""
+        filter_ = transforms.resampling(self.params.data)
+        return np.asarray(image.resize((size, size), filter_, box=box)).reshape(size, size, -1)
+
+    @staticmethod
+    def _batch(request: Request, images: Tensor, labels: np.ndarray) -> Batch:
+        return {
+            "images": images,
+            "labels": torch.from_numpy(labels[request.indices]),
+            "indices": torch.from_numpy(request.indices),
+        }
+
+    def to_device(self, batch: Batch) -> Batch:
+        batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+        images = batch["images"]
+        if "jitter" in batch:
+            images = transforms.color_jitter(images.float(), batch.pop("jitter"))
+        images = transforms.normalize(images, self.params.data)
+        if "mix" in batch:
+            images, batch["share"] = transforms.mix(images, batch.pop("mix"))
+            batch["partner_labels"] = transforms.swap_pairs(batch["labels"])
+        if not self.params.machine.channels_last:
+            images = images.contiguous()
+        return batch | {"images": images}
+
+    # -- learning -------------------------------------------------------------------------------
+
+    def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        mixed = (batch["partner_labels"], batch["share"]) if "share" in batch else None
+        logits = model(batch["images"])
+        loss = classifier.cross_entropy(
+            logits.float(), batch["labels"], self.params.train.label_smoothing, mixed
+        )
+        return {"loss": loss}
+
+    def expected_initial(self) -> dict[str, tuple[float, float]]:
+        """ln K for K equally likely classes, with room for a head that starts unevenly.
+
+        Random logits of deviation s raise the mean cross-entropy by about s^2 / 2.
+        """
+        uniform = math.log(self.num_classes)
+        return {"loss": (0.9 * uniform, 1.1 * uniform + 0.5)}
+
+    # -- judging --------------------------------------------------------------------------------
+
+    def predict(self, model: nn.Module, batches: Iterable[Batch]) -> Predictions:
+        """Guesses and losses for every sample of the batches."""
+        keep = min(5, self.num_classes)
+        rows: list[tuple[np.ndarray, ...]] = []
+        for batch in batches:
+            on_device = self.to_device(batch)
+            logits = model(on_device["images"]).float()
+            probabilities, guesses = logits.softmax(1).topk(keep)
+            losses = F.cross_entropy(logits, on_device["labels"], reduction="none")
+            rows.append((
+                batch["indices"].numpy(), batch["labels"].numpy(),
+                guesses.cpu().numpy(), probabilities.cpu().numpy(), losses.cpu().numpy(),
+            ))
+        return Predictions(*map(np.concatenate, zip(*rows, strict=True)))
+
+    def evaluate(self, model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
+        return self.metrics(self.predict(model, batches))
+
+    def metrics(self, predictions: Predictions) -> dict[str, float]:
+        """loss (nats), top1, top5, and top1_relabelled: top-1 under the best renaming of classes.
+
+        The renaming is the assignment of guesses to labels that makes most guesses right. Far
+        above top1 it means that the labels of this split are permuted, not that the network is
+        poor.
+        """
+        hits = predictions.guesses == predictions.labels[:, None]  # (N, 5)
+        confusion = predictions.confusion(self.num_classes)
+        rows, columns = linear_sum_assignment(confusion, maximize=True)
+        return {
+            "loss": float(predictions.losses.mean()),
+            "top1": float(hits[:, 0].mean()),
+            "top5": float(hits.any(1).mean()),
+            "top1_relabelled": float(confusion[rows, columns].sum() / confusion.sum()),
+            "uniform_loss": math.log(len(self.class_names)),
+        }
+
+    def memorised(self, metrics: dict[str, float]) -> Check:
+        return Check(
+            id="memorised",
+            title="top-1 on the frozen training images",
+            value=metrics["top1"],
+            limit="= 1",
+            passed=metrics["top1"] == 1.0,
+            advice="The network cannot learn even these few images: look at the pictures and "
+            "labels above, then at overfit.lr and overfit.steps.",
+        )
+
+    def figure(self, batch: Batch) -> Figure:
+        pictures = transforms.denormalize(batch["images"][:32], self.params.data)
+        labels = batch["labels"][:32].tolist()
+        columns = min(8, len(pictures))
+        rows = math.ceil(len(pictures) / columns)
+        figure = Figure(figsize=(1.25 * columns, 1.45 * rows))
+        for i, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
+            axes.axis("off")
+            if i < len(pictures):
+                axes.imshow(pictures[i].squeeze(), cmap="gray", interpolation="nearest")
+                axes.set_title(self.class_names[labels[i]], fontsize=8)
+        figure.tight_layout()
+        return figure

@@ -1,0 +1,78 @@
+"""What the loops need of a task: the one interface between them and a kind of learning."""
+
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from lib.datasets.loader import Request
+from lib.params import Params
+from lib.run import Check
+
+Batch = dict[str, Tensor]
+"""A batch on its way: "images" (B, C, H, W), "labels", "indices" (B,) and what the task adds.
+Batches are made with uint8 images on the CPU; `losses` and `figure` take what `to_device` returns.
+"""
+
+
+class Task(Protocol):
+    """Ties a network, its data, its losses, its metric and its pictures together.
+
+    The loops own backward, clipping, the optimizer's step, EMA and saving; a task never does.
+    Losses and evaluation take the network as an argument, because the loops call them with the
+    trained network, its moving average, and wrapped ones.
+    """
+
+    params: Params
+    device: torch.device
+    model: nn.Module
+    headline: str
+    """The metric that "best", the target and early stopping follow, such as val/top1."""
+    chance: float
+    """The headline of a network that has learnt nothing."""
+    num_train: int
+    """Training samples."""
+    num_val: int
+    """Validation samples."""
+
+    def census(self) -> list[dict]:
+        """Files listed, used and dropped, and the data's digest, one entry a split."""
+        ...
+
+    def train_batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
+        """Augmented batches, in the order of the requests."""
+        ...
+
+    def eval_batches(self, split: str) -> Iterator[Batch]:
+        """Every sample of "val" or "train" once, as validation sees it."""
+        ...
+
+    def frozen_batches(self, num_batches: int, batch_size: int) -> list[Batch]:
+        """Fixed training samples as validation sees them, never augmented."""
+        ...
+
+    def to_device(self, batch: Batch) -> Batch:
+        """Copy to the device and finish there: normalize, mix."""
+        ...
+
+    def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """{"loss": what is minimised, term: its parts}, scalars on the device."""
+        ...
+
+    def evaluate(self, model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
+        """Metrics without the split's name. Batches as `eval_batches` yields them."""
+        ...
+
+    def expected_initial(self) -> dict[str, tuple[float, float]]:
+        """Range of each loss term before any training, from theory."""
+        ...
+
+    def memorised(self, metrics: dict[str, float]) -> Check:
+        """Whether metrics on the frozen training images show that they were learnt by heart."""
+        ...
+
+    def figure(self, batch: Batch) -> Figure:
+        """The images and targets of a batch as the network sees them."""
+        ...
