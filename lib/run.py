@@ -235,6 +235,14 @@ class Run:
             if verdict else []
         return found[0] if found and isinstance(found[0], float) else None
 
+    def rows(self, stage: str) -> list[dict]:
+        """The records of one stage."""
+        self.flush()
+        return list(read_records(self.records_file, stage=stage))
+
+    def manifest(self) -> dict:
+        return read_json(self.manifest_file) or {}
+
     def params(self) -> Params:
         """The frozen params of this run."""
         return params_module.load(self.params_file)
@@ -251,7 +259,7 @@ class Run:
         })
 
     def update_manifest(self, **entries: Any) -> None:
-        write_json(self.manifest_file, (read_json(self.manifest_file) or {}) | entries)
+        write_json(self.manifest_file, self.manifest() | entries)
 
     def write_summary(self) -> dict:
         """Compute summary.json from verdicts and records alone."""

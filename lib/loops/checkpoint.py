@@ -97,6 +97,17 @@ def load(run: Run, name: str) -> Checkpoint | None:
     )
 
 
+def load_delivered(run: Run, model: nn.Module) -> int:
+    """Put the weights the run is judged by into `model`: the best evaluation's; returns its step.
+    """
+    saved = load(run, "best")
+    if saved is None:
+        raise BadInput(f"{run.checkpoints}: no checkpoint of an evaluation; run 03_train first")
+    model.load_state_dict(saved.delivered)
+    model.eval()
+    return saved.state["position"]["step"]
+
+
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """The network's tensors on the CPU, in plain memory order; tied ones once each."""
     return {name: tensor.detach().cpu().contiguous().clone(memory_format=torch.contiguous_format)

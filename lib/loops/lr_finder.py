@@ -4,7 +4,9 @@ The network in the hand of the caller is never touched: the sweep and the trial 
 """
 
 import copy
+import hashlib
 import math
+import random
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ from lib.loops.device import autocast
 from lib.loops.schedule import Plan
 from lib.loops.train import step_seed
 from lib.params import Params
-from lib.run import Run
+from lib.run import Check, Run
 from lib.tasks import Batch, Task
 
 DIVERGED = 4.0
@@ -181,3 +183,48 @@ def _longest_fall(values: np.ndarray) -> tuple[int, int]:
     while previous[first] >= 0:
         first = int(previous[first])
     return first, last
+
+
+def peak_lr(params: Params, suggestion: Suggestion) -> float | None:
+    """What the run will train with; None where it is to be found and was not."""
+    if params.optim.lr == "auto":
+        return suggestion.lr
+    return params.effective_lr()
+
+
+def fingerprint(task: Task) -> str:
+    """Digest of the network's weights and buffers and of the random generators."""
+    digest = hashlib.sha256()
+    for name, tensor in task.model.state_dict().items():
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    digest.update(torch.get_rng_state().numpy().tobytes())
+    if task.device.type == "cuda":
+        digest.update(torch.cuda.get_rng_state(task.device).numpy().tobytes())
+    digest.update(repr((random.getstate(), np.random.get_state())).encode())
+    return digest.hexdigest()[:16]
+
+
+def untouched(before: str, after: str) -> Check:
+    """Weights, buffers and generators are what they were."""
+    return Check(
+        "untouched", "digest of weights, BatchNorm buffers and generators, before and after",
+        f"{before}, {after}", "equal", before == after,
+        advice="The finder changed the network or a generator; the training would not start as "
+        "without it.",
+    )
+
+
+def facts(found: Sweep, suggestion: Suggestion, used_lr: float | None) -> dict[str, str]:
+    """The sweep in numbers, for people."""
+
+    def shown(lr: float | None) -> str:
+        return "none" if lr is None else f"{lr:.2e}"
+
+    return {
+        "suggestion": f"{shown(suggestion.lr)} ({suggestion.reason})",
+        "valley": shown(suggestion.valley),
+        "steepest fall": shown(suggestion.steepest),
+        "loss blows up at": shown(found.diverged_at),
+        "the run will use": shown(used_lr),
+        "steps": str(len(found.lrs)),
+    }

@@ -58,6 +58,17 @@ class Plan:
     def num_evals(self) -> int:
         return math.ceil(self.num_steps / self.eval_steps)
 
+    def facts(self) -> dict[str, str]:
+        """The plan in numbers, for people."""
+        return {
+            "steps": f"{self.num_steps:,}",
+            "epochs": f"{self.num_epochs:.4g} of {self.steps_per_epoch:,} steps",
+            "evaluations": f"{self.num_evals}, every {self.eval_steps:,} steps",
+            "warm-up": f"{self.warmup_steps:,} steps",
+            "image sizes": " then ".join(map(str, self.params.train.image_sizes))
+            or str(self.params.data.image_size),
+        }
+
     def image_size(self, step: int) -> int:
         """Side of the training square at `step`, pixels; progressive sizes share the run evenly."""
         sizes = self.params.train.image_sizes or (self.params.data.image_size,)

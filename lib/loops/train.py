@@ -152,7 +152,8 @@ def train(task: Task, params: Params, run: Run, lr: float) -> str:
                 metrics = evaluate(task, ema.model if ema else model, "val")
                 if ema:
                     raw = evaluate(task, model, "val")
-                    metrics |= {f"{name}_raw": raw[name] for name in raw if "/" in name}
+                    metrics |= {f"{name}_raw": raw[name] for name in (task.headline, "val/loss")}
+                    metrics["seconds"] += raw["seconds"]
                 run.record("eval", step=at.step, **metrics)
                 score = metrics[task.headline]
                 at.evals_since_best += 1

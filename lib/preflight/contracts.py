@@ -8,6 +8,7 @@ from torch import nn
 from lib.loops.ema import Ema
 from lib.loops.overfit import OverfitResult
 from lib.loops.schedule import Plan
+from lib.models.weights import LoadReport
 from lib.params import Params
 from lib.run import Check
 from lib.tasks import Batch, Task
@@ -40,6 +41,46 @@ def gradients_reach(result: OverfitResult) -> Check:
         passed=not dead,
         advice="These are not wired to the loss, or multiplied by zero: check the forward pass.",
     )
+
+
+def stayed_finite(result: OverfitResult) -> Check:
+    """The loss stayed a number to the end."""
+    return Check(
+        id="finite",
+        title="steps before the loss was no longer a number",
+        value=result.num_steps if not result.finite else "all",
+        limit="all",
+        passed=result.finite,
+        advice="Lower overfit.lr; with fp16 try bf16; look for a division by zero in the loss.",
+    )
+
+
+def weights_loaded(report: LoadReport | None) -> list[Check]:
+    """Nearly all of the network starts from the file that the params name."""
+    if report is None:
+        return []
+    return [Check(
+        id="weights_loaded",
+        title="share of the network's tensors found in model.weights",
+        value=report.share,
+        limit=">= 0.9",
+        passed=report.share >= 0.9,
+        advice="The file is of another network, or its names have a prefix; without it the run "
+        "starts from random weights.",
+    )]
+
+
+def weights_facts(params: Params, report: LoadReport | None) -> dict[str, object]:
+    """Where the initial weights come from, for people."""
+    if report is None:
+        source = "timm's published weights" if params.model.pretrained else "random"
+        return {"initial weights": f"{source}, seed {params.seed}"}
+    listed = {"missing": report.missing, "other shape": report.mismatched, "unused": report.unused}
+    return {
+        "initial weights": params.model.weights,
+        "loaded": f"{report.num_loaded} of {report.num_expected} tensors ({report.share:.1%})",
+        **{name: ", ".join(names[:8]) or "none" for name, names in listed.items()},
+    }
 
 
 def no_leakage(task: Task, batch: Batch) -> Check:

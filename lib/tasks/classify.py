@@ -18,7 +18,11 @@ from lib.errors import BadInput
 from lib.models import classifier, weights
 from lib.params import Params, resolve_path
 from lib.run import Check
-from lib.tasks.task import Batch
+from lib.tasks import classify_analysis
+from lib.tasks.task import Analysis, Batch
+from lib.watch import plots
+
+NUM_PICTURES = 32
 
 
 @dataclass(frozen=True)
@@ -198,6 +202,7 @@ class Classify:
 
     # -- judging --------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def predict(self, model: nn.Module, batches: Iterable[Batch]) -> Predictions:
         """Guesses and losses for every sample of the batches."""
         keep = min(5, self.num_classes)
@@ -245,16 +250,27 @@ class Classify:
             "labels above, then at overfit.lr and overfit.steps.",
         )
 
+    def analyse(self, model: nn.Module) -> Analysis:
+        return classify_analysis.analyse(self, model)
+
+    def picture(self, split: str, index: int) -> np.ndarray:
+        """One image as validation sees it, uint8 (H, W, C)."""
+        dataset = self.train_data if split == "train" else self.val_data
+        size = self.params.data.image_size
+        request = Request(0, 0, np.array([index]), size, range(1))
+        (batch,) = self._plain_batches(dataset, [request])
+        return batch["images"][0].permute(1, 2, 0).numpy()
+
     def figure(self, batch: Batch) -> Figure:
-        pictures = transforms.denormalize(batch["images"][:32], self.params.data)
-        labels = batch["labels"][:32].tolist()
-        columns = min(8, len(pictures))
-        rows = math.ceil(len(pictures) / columns)
-        figure = Figure(figsize=(1.25 * columns, 1.45 * rows))
-        for i, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
-            axes.axis("off")
-            if i < len(pictures):
-                axes.imshow(pictures[i].squeeze(), cmap="gray", interpolation="nearest")
-                axes.set_title(self.class_names[labels[i]], fontsize=8)
-        figure.tight_layout()
-        return figure
+        pictures = transforms.denormalize(batch["images"][:NUM_PICTURES], self.params.data)
+        names = [self.class_names[label] for label in batch["labels"][:NUM_PICTURES].tolist()]
+        if "share" in batch:
+            partners = batch["partner_labels"].tolist()
+            names = [
+                name if share > 0.995 else f"{share:.0%} {name}\n{1 - share:.0%} "
+                f"{self.class_names[partner]}"
+                for name, share, partner in zip(
+                    names, batch["share"].tolist(), partners, strict=False
+                )
+            ]
+        return plots.image_grid(list(pictures), names)

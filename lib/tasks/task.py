@@ -1,6 +1,7 @@
 """What the loops need of a task: the one interface between them and a kind of learning."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -15,6 +16,32 @@ Batch = dict[str, Tensor]
 """A batch on its way: "images" (B, C, H, W), "labels", "indices" (B,) and what the task adds.
 Batches are made with uint8 images on the CPU; `losses` and `figure` take what `to_device` returns.
 """
+
+
+@dataclass(frozen=True)
+class View:
+    """One question of an analysis with its answer: a sentence, a picture, a table."""
+
+    title: str
+    says: str
+    """What the result says, computed."""
+    draw: Callable[[], Figure] | None = None
+    alt: str = ""
+    headers: Sequence[str] = ()
+    rows: Sequence[Sequence] = ()
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What a task has to say of its trained network."""
+
+    metrics: dict[str, float]
+    """Named with their split: val/..., and train/... under the validation transform."""
+    intervals: list[tuple[str, float, float, float, int]]
+    """Metric, value, ends of its 95 % interval, images."""
+    views: list[View]
+    samples: list[dict] = field(default_factory=list)
+    """Single images worth a record."""
 
 
 class Task(Protocol):
@@ -67,6 +94,10 @@ class Task(Protocol):
 
     def expected_initial(self) -> dict[str, tuple[float, float]]:
         """Range of each loss term before any training, from theory."""
+        ...
+
+    def analyse(self, model: nn.Module) -> Analysis:
+        """Judge the finished network."""
         ...
 
     def memorised(self, metrics: dict[str, float]) -> Check:
