@@ -162,7 +162,8 @@ class _Execution:
                     nb_man, kernel_name=kernel_name, timeout=None, startup_timeout=120,
                     coalesce_streams=True,
                 )
-                return client.execute()
+                with (execution.run.path / "kernel.log").open("a") as log:
+                    return client.execute(stdout=log, stderr=log)
 
         papermill_engines.register("shakedown", Engine)
         output = self.run.notebooks / notebook_of(self.stage).name

@@ -170,7 +170,8 @@ class Run:
         """Begin a stage: its old verdict is void, and records from now on carry its name."""
         (self.verdicts / f"{stage}.json").unlink(missing_ok=True)
         self._stage = stage
-        self.record("event", event="stage started")
+        # The one wall-clock time in the records, for tools that want dates.
+        self.record("event", event="stage started", unix=round(time.time(), 3))
 
     def flush(self) -> None:
         """Hand the step records written so far to the readers."""

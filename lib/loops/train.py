@@ -86,7 +86,7 @@ def train(task: Task, params: Params, run: Run, lr: float) -> str:
         run.rewind_records("train", at.step)
         run.record("event", event="resumed", step=at.step)
     run.record("event", event="train planned", steps=plan.num_steps, epochs=plan.num_epochs,
-               evals=plan.num_evals, lr=lr)
+               evals=plan.num_evals, lr=lr, guessing=task.guessing)
 
     # 3. Train.
     began = time.perf_counter() - at.seconds

@@ -9,7 +9,7 @@ from lib.errors import BadInput
 from lib.params import Model
 
 
-def build(model: Model, num_classes: int) -> nn.Module:
+def build(model: Model, num_classes: int, pretrained: bool) -> nn.Module:
     """A timm model with a head of `num_classes`; (B, C, H, W) to logits (B, num_classes).
 
     Raises BadInput: an unknown name, an option the model does not have, weights that cannot be
@@ -25,7 +25,7 @@ def build(model: Model, num_classes: int) -> nn.Module:
     try:
         return timm.create_model(
             model.name,
-            pretrained=model.pretrained,
+            pretrained=pretrained,
             num_classes=num_classes,
             in_chans=model.in_chans,
             drop_rate=model.drop_rate,
@@ -34,7 +34,7 @@ def build(model: Model, num_classes: int) -> nn.Module:
     except TypeError as error:
         raise BadInput(f"model: {model.name} does not take one of these keys: {error}") from None
     except (OSError, RuntimeError) as error:
-        if not model.pretrained:
+        if not pretrained:
             raise
         reason = str(error).strip().splitlines()[0]
         raise BadInput(

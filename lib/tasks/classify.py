@@ -66,25 +66,32 @@ class Classify:
                 f"classes: label {self.num_classes} ({last!r}) lies outside the head; set "
                 f"model.num_classes to null or {num_data_classes}"
             )
-        self.chance = 1 / num_data_classes
+        self.guessing = {"loss": math.log(num_data_classes), "top1": 1 / num_data_classes}
         self.num_train, self.num_val = len(self.train_data), len(self.val_data)
-        model = classifier.build(params.model, self.num_classes)
+        model = self.network(params, self.num_classes, params.model.pretrained)
         self.weights_report: weights.LoadReport | None = None
         if params.model.weights:
             self.weights_report = weights.load(model, resolve_path(params.model.weights))
+        memory_format = (
+            torch.channels_last if params.machine.channels_last else torch.contiguous_format
+        )
+        self.model = model.to(device, memory_format=memory_format)
+
+    @staticmethod
+    def network(params: Params, num_classes: int, pretrained: bool) -> nn.Module:
+        """The network alone; raises BadInput where the batch does not suit it."""
+        model = classifier.build(params.model, num_classes, pretrained)
         micro_batch = params.train.batch_size // params.train.accumulate
-        if micro_batch == 1 and any(
+        has_batch_norm = any(
             isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()
-        ):
+        )
+        if micro_batch == 1 and has_batch_norm:
             raise BadInput(
                 f"train.batch_size {params.train.batch_size} / train.accumulate "
                 f"{params.train.accumulate} leaves one image a forward pass, too few for the "
                 f"BatchNorm of {params.model.name}; raise the batch or lower accumulate"
             )
-        memory_format = (
-            torch.channels_last if params.machine.channels_last else torch.contiguous_format
-        )
-        self.model = model.to(device, memory_format=memory_format)
+        return model
 
     # -- data -----------------------------------------------------------------------------------
 
@@ -236,7 +243,6 @@ class Classify:
             "top1": float(hits[:, 0].mean()),
             "top5": float(hits.any(1).mean()),
             "top1_relabelled": float(confusion[rows, columns].sum() / confusion.sum()),
-            "uniform_loss": math.log(len(self.class_names)),
         }
 
     def memorised(self, metrics: dict[str, float]) -> Check:

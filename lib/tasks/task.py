@@ -57,8 +57,8 @@ class Task(Protocol):
     model: nn.Module
     headline: str
     """The metric that "best", the target and early stopping follow, such as val/top1."""
-    chance: float
-    """The headline of a network that has learnt nothing."""
+    guessing: dict[str, float]
+    """Metrics of a network that has learnt nothing, without the split's name."""
     num_train: int
     """Training samples."""
     num_val: int

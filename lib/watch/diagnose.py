@@ -22,7 +22,7 @@ def train_checks(records: list[dict], params: Params) -> list[Check]:
     events = [row for row in rows if row["kind"] == "event"]
     rules = (
         _finite(events, steps), _completed(events), _learned(evals, steps),
-        _val_agrees(evals, steps), _ema_follows(evals), _not_overfitting(evals, steps),
+        _val_agrees(events, evals, steps), _ema_follows(evals), _not_overfitting(evals, steps),
         _data_keeps_up(steps),
     )
     return [check for check in rules if check is not None]
@@ -76,13 +76,16 @@ def recent_loss(steps: list[dict]) -> float:
     return statistics.mean(row["loss"] for row in steps[-max(5, len(steps) // 10):])
 
 
-def _val_agrees(evals: list[dict], steps: list[dict]) -> Check | None:
+def _val_agrees(events: list[dict], evals: list[dict], steps: list[dict]) -> Check | None:
     """Worse than guessing on validation while training goes well: the labels disagree."""
-    if not evals or not steps or "val/uniform_loss" not in evals[-1]:
+    guessing = next((row["guessing"] for row in events if "guessing" in row), {})
+    if not evals or not steps or "loss" not in guessing:
         return None
     last = evals[-1]
-    uniform, val, train = last["val/uniform_loss"], last["val/loss"], recent_loss(steps)
-    return disagreement(train, val, uniform, last["val/top1"], last["val/top1_relabelled"])
+    return disagreement(
+        recent_loss(steps), last["val/loss"], guessing["loss"], last["val/top1"],
+        last["val/top1_relabelled"],
+    )
 
 
 def disagreement(
@@ -208,12 +211,13 @@ def lr_checks(params: Params, suggestion: float | None, reason: str, diverged_at
 
 
 def analysis_checks(
-    params: Params, headline: str, metrics: dict[str, float], estimated_seconds: float | None,
-    measured_seconds: float,
+    params: Params, headline: str, metrics: dict[str, float], guessing: dict[str, float],
+    estimated_seconds: float | None, measured_seconds: float,
 ) -> list[Check]:
     """The verdict of the analysis: the promise of the params, and both splits side by side.
 
-    `metrics` holds val/... and train/... of the delivered weights under the validation transform.
+    `metrics` holds val/... and train/... of the delivered weights under the validation transform,
+    `guessing` those of a network that has learnt nothing.
     """
     checks = []
     if params.train.target is not None:
@@ -223,7 +227,7 @@ def analysis_checks(
             advice="The run misses its target (train.target): read the findings and the curves.",
         ))
     checks.append(disagreement(
-        metrics["train/loss"], metrics["val/loss"], metrics["val/uniform_loss"],
+        metrics["train/loss"], metrics["val/loss"], guessing["loss"],
         metrics["val/top1"], metrics["val/top1_relabelled"],
     ))
     gap = metrics["train/top1"] - metrics["val/top1"]

@@ -1,0 +1,76 @@
+"""`shakedown check`: what can be said before the data, the GPU or a training step is there."""
+
+import torch
+
+from lib.datasets import FORMATS
+from lib.loops.schedule import Plan
+from lib.params import Params, resolve_path
+from lib.preflight.audit import census_checks
+from lib.preflight.contracts import plan_checks
+from lib.run import Check, shown
+from lib.tasks import TASKS
+
+
+def check(params: Params) -> int:
+    """Print the table of checks; returns the exit code: 0 all passed, 3 one failed.
+
+    Raises BadInput for what no run could start with.
+    """
+    num_train, num_classes, checks = _data(params)
+    checks.append(_network(params, num_classes))
+    if num_train:
+        plan = Plan(params, num_train)
+        lr = None if params.optim.lr == "auto" else params.effective_lr()
+        checks += plan_checks(plan, lr)
+    checks.append(_machine(params))
+    for item in checks:
+        mark = "ok" if item.passed else {"error": "FAILED"}.get(item.severity, item.severity)
+        print(f"{mark:>8}  {item.title}: {shown(item.value)}")
+        if not item.passed:
+            print(f"{'':>8}  {item.advice}")
+    failed = [item for item in checks if item.severity == "error" and not item.passed]
+    noted = [item for item in checks if item.severity != "error" and not item.passed]
+    print(f"{len(checks)} checks, {len(failed)} failed, {len(noted)} to note")
+    return 3 if failed else 0
+
+
+def _data(params: Params) -> tuple[int | None, int, list[Check]]:
+    """Training images (None: not known yet), classes, and what the data says of itself."""
+    data, root = params.data, resolve_path(params.data.root)
+    stated = data.classes if isinstance(data.classes, int) else len(data.classes or ())
+    if data.format != "demo" and not root.is_dir():
+        number = f"{data.num_train_images:,} training images" if data.num_train_images else \
+            "an unknown number of training images (state data.num_train_images to plan with it)"
+        missing = Check(
+            "data_there", "the data is there", f"missing: {root}", "there", False, "warning",
+            f"Put it at {root}/{data.train}/CLASS/IMAGE and {root}/{data.val}/CLASS/IMAGE, or set "
+            f"data.root. Planned with {number}.",
+        )
+        return data.num_train_images, params.model.num_classes or stated or 1000, [missing]
+    train, val = FORMATS[data.format](data, params.model.in_chans)
+    census = [vars(train.census), vars(val.census)]
+    there = Check("data_there", "the data is there",
+                  f"{len(train):,} training and {len(val):,} validation images of "
+                  f"{len(train.class_names)} classes in {root}", "there", True)
+    return len(train), len(train.class_names), [there, *census_checks(census)]
+
+
+def _network(params: Params, num_classes: int) -> Check:
+    with torch.device("meta"):  # shapes only, no memory
+        model = TASKS[params.task].network(params, num_classes, pretrained=False)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Check("network", f"{params.model.name} for {num_classes} classes",
+                 f"{num_parameters / 1e6:,.2f} M parameters", "builds", num_parameters > 0)
+
+
+def _machine(params: Params) -> Check:
+    """Whether this machine is the one the run is planned for."""
+    machine = params.machine
+    planned = f"{machine.nodes} x {machine.gpus} x {machine.gpu or machine.device}"
+    if machine.device not in ("cuda", "auto") or not machine.gpu:
+        return Check("machine", "planned machine", planned, "any", True, "info")
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    found = ", ".join(sorted(set(names))) or "no GPU"
+    fits = len(names) >= machine.gpus and all(machine.gpu in name for name in names)
+    return Check("machine", f"planned for {planned}; here", found, planned, fits, "info",
+                 "This check needs no GPU; the run does.")
