@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 from lib import params as params_module
 from lib.errors import BadInput, GateFailed
@@ -35,6 +35,10 @@ STAGES = ("setup", "overfit", "lr_finder", "train", "analysis")
 VERSIONED = ("torch", "torchvision", "timm", "numpy", "pillow", "pydantic", "papermill",
              "nbconvert", "ipykernel", "matplotlib", "safetensors", "scikit-learn", "wandb",
              "tensorboard")
+
+
+_LOCKS: dict[Path, TextIO] = {}
+"""The locks of this process, by run folder."""
 
 
 @dataclass(frozen=True)
@@ -231,10 +235,8 @@ class Run:
 
     def suggested_lr(self) -> float | None:
         """The learning rate the LR finder found, or None."""
-        verdict = self.verdict("lr_finder")
-        found = [check.value for check in verdict.checks if check.id == "suggestion"] \
-            if verdict else []
-        return found[0] if found and isinstance(found[0], float) else None
+        found = [row["lr"] for row in self.rows("lr_finder") if row.get("event") == "suggestion"]
+        return found[-1] if found and self.verdict("lr_finder") else None
 
     def rows(self, stage: str) -> list[dict]:
         """The records of one stage."""
@@ -289,6 +291,8 @@ class Run:
 
     def lock(self, owner: str) -> None:
         """Take the folder for this process; BadInput where another process has it."""
+        if earlier := _LOCKS.pop(self.path.resolve(), None):
+            earlier.close()  # a notebook run again from its top, in the same kernel
         file = (self.path / "lock").open("a+")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -296,7 +300,7 @@ class Run:
             file.seek(0)
             holder = json.loads(file.read() or "{}")
             file.close()
-            if holder.get("pid") == os.getppid():
+            if (holder.get("pid"), holder.get("host")) == (os.getppid(), platform.node()):
                 return  # the pipeline that started this kernel holds it for us
             who = holder.get("owner", "another process")
             raise BadInput(
@@ -307,7 +311,7 @@ class Run:
         file.truncate(0)
         file.write(json.dumps({"pid": os.getpid(), "host": platform.node(), "owner": owner}))
         file.flush()
-        self._lock = file
+        self._lock = _LOCKS[self.path.resolve()] = file
 
     def unlock(self) -> None:
         if self._lock is not None:

@@ -7,6 +7,7 @@ import copy
 import hashlib
 import math
 import random
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from lib.params import Params
 from lib.run import Check, Run
 from lib.tasks import Batch, Task
 
-DIVERGED = 4.0
+HOPELESS = 4.0
 """The sweep ends where the smoothed loss exceeds this many times its lowest."""
 MIN_FALL = 0.05
 """A smoothed loss that falls by less than this share of its start is flat."""
@@ -36,7 +37,8 @@ class Sweep:
     losses: np.ndarray
     smoothed: np.ndarray
     diverged_at: float | None
-    """The learning rate at which the loss blew up; None: it did not within the range."""
+    """Where the loss blew up: half of what was learnt was lost again, or it was no longer a number.
+    None: neither happened within the range."""
 
 
 @dataclass(frozen=True)
@@ -61,20 +63,38 @@ def sweep(task: Task, params: Params, run: Run) -> Sweep:
     lrs = np.geomspace(config.min_lr, config.max_lr, config.steps)
     smoother, lowest = Smoother(config.smoothing), math.inf
     rows: list[tuple[float, float, float]] = []
-    diverged_at = None
+    not_finite_at = None
+    started = time.perf_counter()
     for step, loss in enumerate(_losses(task, params, lrs)):
+        now = time.perf_counter()
+        seconds, started = now - started, now
         if not math.isfinite(loss):
-            diverged_at = float(lrs[step])
+            not_finite_at = float(lrs[step])
             break
         smoothed = smoother(loss)
         rows.append((float(lrs[step]), loss, smoothed))
-        run.record("step", step=step + 1, lr=float(lrs[step]), loss=loss, smoothed=smoothed)
+        run.record("step", step=step + 1, lr=float(lrs[step]), loss=loss, smoothed=smoothed,
+                   seconds=seconds)
         lowest = min(lowest, smoothed)
-        if step > 10 and smoothed > DIVERGED * lowest:
-            diverged_at = float(lrs[step])
+        if step > 10 and smoothed > HOPELESS * lowest:
             break
-    columns = np.array(rows).reshape(-1, 3).T
-    return Sweep(*columns, diverged_at=diverged_at)
+    lrs, losses, smoothed = np.array(rows).reshape(-1, 3).T
+    return Sweep(lrs, losses, smoothed, _divergence(lrs, losses, smoothed) or not_finite_at)
+
+
+def _start(losses: np.ndarray) -> float:
+    """The loss before the learning rate has any effect: the median of the first tenth."""
+    return float(np.median(losses[: max(5, len(losses) // 10)]))
+
+
+def _divergence(lrs: np.ndarray, losses: np.ndarray, smoothed: np.ndarray) -> float | None:
+    """The first learning rate past the lowest loss at which half of the fall is lost again."""
+    if not len(lrs):
+        return None
+    start, lowest = _start(losses), int(smoothed.argmin())
+    margin = max((start - smoothed[lowest]) / 2, 0.1 * abs(start))
+    risen = np.flatnonzero(smoothed[lowest:] > smoothed[lowest] + margin)
+    return float(lrs[lowest + risen[0]]) if len(risen) else None
 
 
 def trial(task: Task, params: Params, lr: float) -> list[float]:
@@ -135,6 +155,11 @@ def _endless(task: Task, params: Params) -> Iterator[Batch]:
         yield from task.train_batches(plan.requests())
 
 
+def record_suggestion(run: Run, suggestion: Suggestion) -> None:
+    """Write the suggestion where `optim.lr: auto` looks for it."""
+    run.record("event", event="suggestion", lr=suggestion.lr, reason=suggestion.reason)
+
+
 def suggest(found: Sweep) -> Suggestion:
     """The learning rate of a sweep, or none: flat, noisy or falling nowhere.
 
@@ -148,7 +173,7 @@ def suggest(found: Sweep) -> Suggestion:
                           "lower lr_finder.min_lr or look at the loss itself")
     smoothed, log_lrs = found.smoothed, np.log10(found.lrs)
     lowest = int(smoothed.argmin())
-    start = float(np.median(found.losses[: max(5, num // 10)]))
+    start = _start(found.losses)
     fall = start - float(smoothed[lowest])
     # Noise of single steps about the smoothed curve, before anything blows up.
     residuals = (found.losses - smoothed)[: lowest + 1]
@@ -228,3 +253,11 @@ def facts(found: Sweep, suggestion: Suggestion, used_lr: float | None) -> dict[s
         "the run will use": shown(used_lr),
         "steps": str(len(found.lrs)),
     }
+
+
+def shown_trial(losses: list[float]) -> str:
+    """Every fifth or so loss of the trial, for people."""
+    if not losses:
+        return "not made: there is no learning rate to try"
+    every = max(1, len(losses) // 8)
+    return " > ".join(f"{loss:.3g}" for loss in [*losses[::every], losses[-1]])

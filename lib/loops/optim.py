@@ -37,7 +37,11 @@ def build(groups: list[dict], optim: Optim, lr: float) -> torch.optim.Optimizer:
     groups = [group for group in groups if group["params"]]
     if optim.name == "sgd":
         nesterov = optim.nesterov and optim.momentum > 0
-        return torch.optim.SGD(groups, lr, momentum=optim.momentum, nesterov=nesterov, fused=True)
+        sgd = torch.optim.SGD(groups, lr, momentum=optim.momentum, nesterov=nesterov, fused=True)
+        if optim.momentum:  # torch leaves them as raw memory where fp16 skips the first step
+            for parameter in (p for group in groups for p in group["params"]):
+                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return sgd
     betas = (optim.momentum, optim.beta2)
     return torch.optim.AdamW(groups, lr, betas=betas, fused=True)
 

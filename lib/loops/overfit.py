@@ -1,6 +1,7 @@
 """Memorise a few frozen batches: the cheapest proof that data, network and losses fit together."""
 
 import math
+import time
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +46,7 @@ def overfit(task: Task, params: Params, run: Run, batches: list[Batch]) -> Overf
     metrics: dict[str, float] = {}
     step, finite = 0, True
     for step in range(1, config.steps + 1):
+        started = time.perf_counter()
         lr = config.lr * (1 + math.cos(math.pi * (step - 1) / config.steps)) / 2
         optim.set_lr(optimizer, lr)
         batch = task.to_device(batches[(step - 1) % len(batches)])
@@ -62,7 +64,7 @@ def overfit(task: Task, params: Params, run: Run, batches: list[Batch]) -> Overf
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        run.record("step", step=step, **values, lr=lr)
+        run.record("step", step=step, **values, lr=lr, seconds=time.perf_counter() - started)
         if step % EVAL_EVERY == 0 or step == config.steps:
             model.eval()
             with torch.no_grad():

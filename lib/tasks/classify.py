@@ -12,7 +12,7 @@ from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from lib.datasets import FORMATS, loader, transforms
+from lib.datasets import FORMATS, folder, loader, transforms
 from lib.datasets.loader import Request
 from lib.errors import BadInput
 from lib.models import classifier, weights
@@ -91,6 +91,13 @@ class Classify:
                 f"{params.train.accumulate} leaves one image a forward pass, too few for the "
                 f"BatchNorm of {params.model.name}; raise the batch or lower accumulate"
             )
+        augment = params.data.augment
+        if (augment.mixup or augment.cutmix) and params.train.accumulate > 1 and micro_batch % 2:
+            raise BadInput(
+                f"train.batch_size {params.train.batch_size} / train.accumulate "
+                f"{params.train.accumulate} makes micro-batches of {micro_batch}; mixup and cutmix "
+                "mix pairs and need an even number: change train.accumulate"
+            )
         return model
 
     # -- data -----------------------------------------------------------------------------------
@@ -108,7 +115,7 @@ class Classify:
             try:
                 image, box, flip = transforms.train_view(image, request.image_size, data, rng)
                 slot[:] = self._resized(self.train_data.pixels(image), box, request.image_size)
-            except (OSError, SyntaxError, ValueError) as error:  # PIL's words for a broken file
+            except folder.BROKEN as error:
                 raise self.train_data.unreadable(index, error) from None
             if flip:
                 slot[:] = slot[:, ::-1].copy()
@@ -134,6 +141,10 @@ class Classify:
             loader.eval_requests(len(dataset), micro_batch, self.params.data.image_size),
         )
 
+    def sample_batch(self, split: str, count: int) -> Batch:
+        total = self.num_train if split == "train" else self.num_val
+        return self.pictures(split, np.linspace(0, total - 1, min(count, total)).astype(int))
+
     def frozen_batches(self, num_batches: int, batch_size: int) -> list[Batch]:
         order = transforms.epoch_order(self.params.seed, 0, self.num_train)
         chosen = order[: num_batches * batch_size]
@@ -151,7 +162,7 @@ class Classify:
                 image = dataset.pixels(dataset.open(index))
                 box = transforms.val_box(*image.size, self.params.data)
                 slot[:] = self._resized(image, box, request.image_size)
-            except (OSError, SyntaxError, ValueError) as error:
+            except folder.BROKEN as error:
                 raise dataset.unreadable(index, error) from None
 
         for request, images in self._load(requests, fill):
@@ -259,13 +270,13 @@ class Classify:
     def analyse(self, model: nn.Module) -> Analysis:
         return classify_analysis.analyse(self, model)
 
-    def picture(self, split: str, index: int) -> np.ndarray:
-        """One image as validation sees it, uint8 (H, W, C)."""
+    def pictures(self, split: str, indices: np.ndarray) -> Batch:
+        """These images as validation sees them."""
         dataset = self.train_data if split == "train" else self.val_data
         size = self.params.data.image_size
-        request = Request(0, 0, np.array([index]), size, range(1))
+        request = Request(0, 0, indices, size, range(len(indices)))
         (batch,) = self._plain_batches(dataset, [request])
-        return batch["images"][0].permute(1, 2, 0).numpy()
+        return batch
 
     def figure(self, batch: Batch) -> Figure:
         pictures = transforms.denormalize(batch["images"][:NUM_PICTURES], self.params.data)

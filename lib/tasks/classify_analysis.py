@@ -97,7 +97,8 @@ def _mistakes(task, val) -> View:
 
 
 def _picture_grid(task, val, chosen: np.ndarray) -> Callable[[], Figure]:
-    images = [task.picture("val", int(val.indices[i])) for i in chosen]
+    pictures = task.pictures("val", val.indices[chosen])["images"]  # (B, C, H, W)
+    images = list(pictures.permute(0, 2, 3, 1).numpy())
     captions = [
         f"{task.class_names[val.labels[i]]}\n{_name(val.guesses[i, 0], task.class_names)} "
         f"{val.probabilities[i, 0]:.0%}" for i in chosen

@@ -80,6 +80,10 @@ class Task(Protocol):
         """Fixed training samples as validation sees them, never augmented."""
         ...
 
+    def sample_batch(self, split: str, count: int) -> Batch:
+        """`count` samples spread evenly over a split, as validation sees them."""
+        ...
+
     def to_device(self, batch: Batch) -> Batch:
         """Copy to the device and finish there: normalize, mix."""
         ...

@@ -179,7 +179,8 @@ def lr_checks(params: Params, suggestion: float | None, reason: str, diverged_at
     """
     automatic = params.optim.lr == "auto"
     checks = [Check(
-        "suggestion", "suggested learning rate", suggestion, "found" if automatic else "any",
+        "suggestion", "suggested learning rate",
+        "none" if suggestion is None else f"{suggestion:.2e}", "found" if automatic else "any",
         suggestion is not None or not automatic, "error" if automatic else "info",
         f"No suggestion ({reason}): set optim.lr by hand, or mend the cause.",
     )]

@@ -306,8 +306,8 @@ def html_of(status: Status, since_last_record: float = 0.0) -> str:
     """A status as HTML: a slim bar over one row of numbers, in the page's own text colour."""
     percent = 0.0 if status.share is None else 100 * status.share
     colour = COLOURS.get(status.state.split(":")[0], "#3b82c4")
-    numbers = "".join(
-        f'<span style="white-space:nowrap;margin-right:1.4em">'
+    numbers = " ".join(  # the spaces are where the row may wrap
+        f'<span style="white-space:nowrap;margin-right:1.2em">'
         f'<span style="opacity:0.65">{html.escape(name)}</span> {html.escape(value)}</span>'
         for name, value in status.parts(since_last_record)
     )

@@ -112,7 +112,7 @@ def _environment():
     environment.globals.update(STATUS=STATUS, STAGE_NAMES=STAGE_NAMES)
     environment.filters.update(
         shown=_shown_cell, outcome=_outcome, as_yaml=_as_yaml, duration=duration,
-        dollars=_dollars, ticks=_ticks, counted=_counted,
+        dollars=_dollars, ticks=_ticks, counted=_counted, sort_key=_sort_key,
     )
     for name in ("blocks.css", "page.css", "sort.js"):
         environment.globals[name.replace(".", "_")] = (TEMPLATES / name).read_text()
@@ -207,6 +207,17 @@ def show_table(
     display_html(_table(headers, rows, caption, align), caption or ", ".join(headers))
 
 
+def _sort_key(cell: Any) -> float | None:
+    """The number by which a cell sorts: itself, or the one its text is (`97.8 %`, `$1,200`)."""
+    if isinstance(cell, bool):
+        return None
+    if isinstance(cell, int | float):
+        return float(cell)
+    text = cell if isinstance(cell, str) else ""
+    plain = re.fullmatch(r"([-+]?)\$?(\d[\d,]*\.?\d*(?:e[-+]?\d+)?) ?%?", text)
+    return float(plain[1] + plain[2].replace(",", "")) if plain else None
+
+
 class _Number(float):
     """A number that is shown as its column wants it."""
 
@@ -222,11 +233,7 @@ class _Number(float):
 def _table(headers, rows, caption="", align=None) -> str:
     def is_numeric(column: int) -> bool:
         cells = [row[column] for row in rows if row[column] not in (None, "")]
-        return bool(cells) and all(
-            isinstance(cell, int | float) and not isinstance(cell, bool)
-            or isinstance(cell, str) and re.fullmatch(r"[-+$]?\d[\d,.]*(e[-+]?\d+)?( ?%)?", cell)
-            for cell in cells
-        )
+        return bool(cells) and all(_sort_key(cell) is not None for cell in cells)
 
     def cells(column: int) -> list:
         """A column of numbers with equally many decimals, as a column is read."""
@@ -498,7 +505,7 @@ def _opening(body: str) -> tuple[str, str]:
     Where the notebook has further ones, its headings go down by a level.
     """
     question = ""
-    first = re.search(r"<h1 id=.*?</h1>", body, re.S)
+    first = re.search(r"<h1\b.*?</h1>", body, re.S)
     if first:
         question, body = _plain(first[0]), body[: first.start()] + body[first.end():]
     if "<h1" in body:
