@@ -88,8 +88,8 @@ def _report(options: argparse.Namespace) -> int:
     from lib.watch import report
 
     run.write_summary()
-    print(report.render_run(run))
     report.render_all(run.path.resolve().parent)
+    print(report.render_run(run))
     return 0
 
 

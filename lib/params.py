@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # The tree
 # --------------------------------------------------------------------------------------------
 
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -85,7 +86,7 @@ class Data(Section):
     """Sub-folder with the training split."""
     val: str = "val"
     """Sub-folder with the validation split."""
-    classes: Count | tuple[str, ...] | None = None
+    classes: Count | Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """Keep this many classes (chosen by a stable digest) or these; null: all."""
     num_train_images: Count | None = None
     """Training images the census must find; lets `check` plan before the data is there."""
@@ -97,7 +98,7 @@ class Data(Section):
     """Share of the resized image kept by the centre crop in validation."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     """Resampling filter, antialiased."""
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    mean: tuple[Finite, ...] = (0.485, 0.456, 0.406)
     """Channel means subtracted, of values in [0, 1]."""
     std: tuple[Positive, ...] = (0.229, 0.224, 0.225)
     """Channel standard deviations divided by, of values in [0, 1]."""
@@ -191,7 +192,7 @@ class Train(Section):
         if len(given) != 1:
             raise ValueError(
                 f"needs exactly one of epochs, steps (has {' and '.join(given) or 'neither'}); "
-                "set the other to null"
+                + ("set the other to null" if given else "set one")
             )
         return self
 
@@ -287,7 +288,7 @@ class Params(Section):
 
     task: Literal["classify"] = "classify"
     """What is learnt."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the weights, the data order and every augmentation."""
     model: Model = Model()
     """The network."""
@@ -395,7 +396,7 @@ def _problem(item: dict, tree: dict, lines: dict, where: str, overrides: dict) -
         while path and ".".join(map(str, path)) not in KEYS:
             path = path[:-1]
     dotted = ".".join(map(str, path))
-    if dotted in overrides:
+    if any(dotted == key or dotted.startswith(f"{key}.") for key in overrides):
         place = "override"
     else:
         line = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), 1)
@@ -454,16 +455,18 @@ KEYS: dict[str, Any] = _keys(Params)
 
 
 def nearest_key(dotted: str) -> str | None:
-    """The valid key most like `dotted`: by its letters, or by its initials (learning_rate: lr)."""
+    """The valid key most like `dotted`: by letters, or by initials (learning_rate: lr; and wd)."""
     section, _, leaf = dotted.rpartition(".")
-    initials = "".join(word[0] for word in re.split(r"[_\-]+", leaf) if word)
+
+    def initials(name: str) -> str:
+        return "".join(word[0] for word in re.split(r"[_\-]+", name) if word)
 
     def likeness(key: str) -> float:
         key_section, _, key_leaf = key.rpartition(".")
         same = max(
             difflib.SequenceMatcher(None, leaf, key_leaf).ratio(),
             difflib.SequenceMatcher(None, dotted, key).ratio(),
-            0.9 if initials == key_leaf else 0.0,
+            0.9 if initials(leaf) == key_leaf or leaf == initials(key_leaf) else 0.0,
         )
         return same + (0.1 if key_section == section else 0.0)
 
@@ -503,7 +506,10 @@ def flatten(params: Params) -> dict[str, Any]:
 
 def to_yaml(params: Params) -> str:
     """The whole resolved tree as YAML that `load` reads back to an equal tree."""
-    return yaml.safe_dump(params.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(
+        params.model_dump(mode="json"), Dumper=strict_yaml.StrictDumper, sort_keys=False,
+        allow_unicode=True,
+    )
 
 
 def digest(params: Params) -> str:

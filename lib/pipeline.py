@@ -42,8 +42,8 @@ def run_pipeline(params: Params, path: Path, stages: tuple[str, ...] = STAGES) -
                 break
     finally:
         run.write_summary()
+        report.render_all(run.path.parent)  # first, because the run's page links to it
         page = report.render_run(run)
-        report.render_all(run.path.parent)
         run.unlock()
     print(f"report: {page}", flush=True)
     if problem:

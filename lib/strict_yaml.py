@@ -27,13 +27,21 @@ for _tag, _pattern, _first in (
     )
 
 
+PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in "null bool int float str seq map".split()}
+
+
 def _plain(node: yaml.Node, path: tuple, lines: dict[tuple, int], where: str) -> Any:
     """A YAML node as plain Python, its line numbers kept by key path; duplicates refused."""
     lines.setdefault(path, node.start_mark.line + 1)
+    place = f"{where}:{node.start_mark.line + 1}"
+    if node.tag not in PLAIN_TAGS:
+        raise BadInput(f"{place}: not valid YAML: a tag ({node.tag}); write plain values")
     if isinstance(node, yaml.MappingNode):
         tree = {}
         for key_node, value_node in node.value:
             key = key_node.value
+            if not isinstance(key, str):
+                raise BadInput(f"{place}: not valid YAML: a list or mapping as a key")
             if key in tree:
                 dotted = ".".join((*path, key))
                 raise BadInput(
@@ -45,7 +53,12 @@ def _plain(node: yaml.Node, path: tuple, lines: dict[tuple, int], where: str) ->
         return tree
     if isinstance(node, yaml.SequenceNode):
         return [_plain(child, (*path, i), lines, where) for i, child in enumerate(node.value)]
-    return StrictLoader("").construct_object(node)
+    try:
+        # int() reads 010 as ten, where YAML 1.1 means eight.
+        is_int = node.tag.endswith(":int")
+        return int(node.value) if is_int else StrictLoader("").construct_object(node)
+    except (ValueError, KeyError):  # !!int abc, 1__0
+        raise BadInput(f"{place}: not valid YAML: {node.value!r} is no {node.tag[18:]}") from None
 
 
 def read(text: str, where: str) -> tuple[dict, dict[tuple, int]]:
@@ -55,13 +68,18 @@ def read(text: str, where: str) -> tuple[dict, dict[tuple, int]]:
     """
     try:
         node = yaml.compose(text, StrictLoader)
+    except RecursionError:
+        raise BadInput(f"{where}: not valid YAML: nested too deep") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise BadInput(f"{where}{line}: not valid YAML: {problem}") from None
     lines: dict[tuple, int] = {}
-    tree = {} if node is None else _plain(node, (), lines, where)
+    try:
+        tree = {} if node is None else _plain(node, (), lines, where)
+    except RecursionError:  # an alias inside what it stands for
+        raise BadInput(f"{where}: not valid YAML: nested without end") from None
     if not isinstance(tree, dict):
         raise BadInput(f"{where}: a params file is a mapping of keys to values, not {text[:40]!r}")
     return tree, lines
@@ -71,3 +89,14 @@ def read_value(text: str) -> Any:
     """One value as YAML reads it: `1e-3`, `[a, b]`, `null`."""
     node = yaml.compose(text, StrictLoader)
     return None if node is None else _plain(node, (), {}, "value")
+
+
+class StrictDumper(yaml.SafeDumper):
+    """Writes what `read` reads back: a text that either reading takes for a number is quoted."""
+
+
+StrictDumper.yaml_implicit_resolvers = {
+    first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, ()),
+            *StrictLoader.yaml_implicit_resolvers.get(first, ())]
+    for first in {**yaml.SafeDumper.yaml_implicit_resolvers, **StrictLoader.yaml_implicit_resolvers}
+}

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from lib.params import Data, resolve_path
 
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"))
 EXIF_ORIENTATION = 0x0112
+BROKEN = (OSError, SyntaxError, ValueError, TypeError, struct.error, Image.DecompressionBombError)
+"""What PIL's decoders raise for a file that is no good picture."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +73,16 @@ class FolderDataset:
         """Image `index`, header read and pixels still on disk."""
         try:
             return Image.open(self.paths[index])
-        except OSError as error:
+        except BROKEN as error:
             raise self.unreadable(index, error) from None
 
     def pixels(self, image: Image.Image) -> Image.Image:
         """The decoded image, upright by its EXIF tag, with the channels the network reads."""
         if image.getexif().get(EXIF_ORIENTATION, 1) != 1:
             image = ImageOps.exif_transpose(image)
+        if image.mode == "F" or image.mode.startswith("I"):
+            # PIL would cut these at 255: thousands of grey levels become a handful.
+            raise ValueError(f"more than 8 bits a channel, mode {image.mode}; scale it to 8 bits")
         return image if image.mode == self.mode else image.convert(self.mode)
 
     def unreadable(self, index: int, error: Exception) -> BadInput:

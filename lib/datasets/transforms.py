@@ -13,6 +13,8 @@ from torch import Tensor
 
 from lib.params import Augment, Data
 
+EXIF_ORIENTATION = 0x0112
+
 CROP, JITTER, PAIR, ORDER = range(4)
 """Families of random numbers: the second word of every seed, so that no two share a stream."""
 
@@ -60,15 +62,17 @@ def train_view(
     """Choose a training view: the JPEG read at a fitting scale, the box to crop, whether to flip.
 
     The JPEG decoder can drop whole octaves while it decodes (DCT scaling), which is several times
-    faster for large photographs; the box is scaled along.
+    faster for large photographs; the box is scaled along. The box is of the upright image.
     """
-    width, height = image.size
+    turned = image.getexif().get(EXIF_ORIENTATION, 1) >= 5  # stored lying on its side
+    width, height = image.size[::-1] if turned else image.size
     left, top, right, bottom = random_crop_box(width, height, data.augment, rng)
     flip = bool(rng.random() < data.augment.hflip)
     shrink = min((right - left) / size, (bottom - top) / size)
     if image.format == "JPEG" and shrink >= 2:
-        image.draft(None, (math.ceil(width / shrink), math.ceil(height / shrink)))
-    sx, sy = image.size[0] / width, image.size[1] / height
+        image.draft(None, tuple(math.ceil(side / shrink) for side in image.size))
+    new_width, new_height = image.size[::-1] if turned else image.size
+    sx, sy = new_width / width, new_height / height
     return image, (left * sx, top * sy, right * sx, bottom * sy), flip
 
 

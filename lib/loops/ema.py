@@ -19,8 +19,10 @@ class Ema:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay, self.warmup = ema.decay, ema.warmup
         own, followed = self.model.state_dict(), model.state_dict()
-        averaged = [name for name in own if own[name].is_floating_point()]
-        copied = [name for name in own if name not in averaged]
+        # One name a tensor: a weight used under two names must not be moved twice.
+        named = {id(t): name for name, t in self.model.state_dict(keep_vars=True).items()}.values()
+        averaged = [name for name in named if own[name].is_floating_point()]
+        copied = [name for name in named if name not in averaged]
         self._averaged = [own[name] for name in averaged], [followed[name] for name in averaged]
         self._copied = [own[name] for name in copied], [followed[name] for name in copied]
 

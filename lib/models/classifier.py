@@ -34,9 +34,9 @@ def build(model: Model, num_classes: int, pretrained: bool) -> nn.Module:
     except TypeError as error:
         raise BadInput(f"model: {model.name} does not take one of these keys: {error}") from None
     except (OSError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if not pretrained:
-            raise
-        reason = str(error).strip().splitlines()[0]
+            raise BadInput(f"model: timm cannot build {model.name}: {reason}") from None
         raise BadInput(
             f"model.pretrained: the weights of {model.name} cannot be fetched ({reason}); "
             "check the network, or give a file as model.weights"

@@ -43,6 +43,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             f"{path}: not a readable weights file ({type(error).__name__}; {path.stat().st_size:,} "
             f"bytes, starts with {start!r}); fetch it again"
         ) from None
+    if not isinstance(state, dict):
+        raise BadInput(f"{path}: holds a {type(state).__name__}, not named tensors")
     for key in ("state_dict", "model", "module"):
         if isinstance(state.get(key), dict):
             state = state[key]

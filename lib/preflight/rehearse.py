@@ -48,8 +48,9 @@ def rehearse(task: Task, params: Params, run: Run) -> Rehearsal:
 
     # Steps.
     seconds = []
+    num_steps = min(NUM_STEPS, plan.num_steps)
     batches = task.train_batches(plan.requests())
-    for step in range(NUM_STEPS):
+    for step in range(num_steps):
         started = time.perf_counter()
         for _ in range(params.train.accumulate):
             batch = task.to_device(next(batches))
@@ -75,8 +76,9 @@ def rehearse(task: Task, params: Params, run: Run) -> Rehearsal:
 
     # Save and reload, in a folder that is removed again.
     scratch = Run(run.path / "rehearsal")
+    shutil.rmtree(scratch.path, ignore_errors=True)  # left by a rehearsal that was killed
     started = time.perf_counter()
-    folder = checkpoint.save(scratch, NUM_STEPS, model, ema.model if ema else None,
+    folder = checkpoint.save(scratch, num_steps, model, ema.model if ema else None,
                              {"optimizer": optimizer.state_dict()})
     save_seconds = time.perf_counter() - started
     num_bytes = sum(file.stat().st_size for file in folder.iterdir())
@@ -93,7 +95,7 @@ def rehearse(task: Task, params: Params, run: Run) -> Rehearsal:
         Check("input_shape", "shape of a training micro-batch (B, C, H, W)",
               " x ".join(map(str, shape)), " x ".join(map(str, asked)), shape == asked,
               advice="The network does not get what the params ask for."),
-        Check("rehearsed_steps", f"loss after {NUM_STEPS} rehearsed steps", loss, "finite",
+        Check("rehearsed_steps", f"loss after {num_steps} rehearsed steps", loss, "finite",
               bool(torch.isfinite(torch.tensor(loss))),
               advice="The loss blew up at once: look at the inputs and the loss."),
         Check("rehearsed_eval", f"{task.headline} of the untrained network on {num_judged} images",
@@ -101,4 +103,5 @@ def rehearse(task: Task, params: Params, run: Run) -> Rehearsal:
         Check("reload", "tensors that differ after save and reload", len(differing), "0",
               not differing, advice=f"These do not survive a checkpoint: {differing[:5]}"),
     )
-    return Rehearsal(checks, statistics.median(seconds[1:]), eval_seconds, save_seconds, num_bytes)
+    step_seconds = statistics.median(seconds[1:] or seconds)
+    return Rehearsal(checks, step_seconds, eval_seconds, save_seconds, num_bytes)

@@ -43,6 +43,12 @@ class Analysis:
     samples: list[dict] = field(default_factory=list)
     """Single images worth a record."""
 
+    def bounds(self) -> dict[str, float]:
+        """The intervals as val/top1_low and val/top1_high."""
+        return {f"{name}_{end}": value
+                for name, _, low, high, _ in self.intervals
+                for end, value in (("low", low), ("high", high))}
+
 
 class Task(Protocol):
     """Ties a network, its data, its losses, its metric and its pictures together.

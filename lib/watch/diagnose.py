@@ -104,8 +104,8 @@ def disagreement(
     if permuted:
         advice += f"With the validation classes renamed in the best way top-1 would be " \
             f"{relabelled:.1%} instead of {top1:.1%}: the class folders are permuted. Compare " \
-            "a few pictures of the same class name in both splits (the confusion matrix shows " \
-            "which name became which)."
+            "a few pictures of the same class name in both splits; `--stages analysis` draws " \
+            "the confusion matrix, which shows which name became which."
     else:
         advice += "No renaming of classes mends it: compare the two splits' pictures, their " \
             "class names and their preprocessing; otherwise the network only memorised."

@@ -256,6 +256,19 @@ def show_facts(facts: dict[str, Any]) -> None:
     display_html(_block("facts", facts), text)
 
 
+def show_environment(manifest: dict[str, Any]) -> None:
+    """What a result depends on: code, versions, machine, data."""
+    show_facts(_environment_facts(manifest))
+
+
+def show_answer(question: str, answer: str) -> None:
+    """A heading with the question, and under it the computed answer."""
+    from markupsafe import escape
+
+    body = f'<div class="sd"><h3>{escape(question)}</h3><p>{escape(answer)}</p></div>'
+    display_html(body, f"{question}\n{answer}")
+
+
 def show_note(text: str) -> None:
     """A short remark, set apart."""
     from markupsafe import escape
