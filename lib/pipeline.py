@@ -9,7 +9,7 @@ from typing import Any
 
 from lib.errors import BadInput, BudgetReached, GateFailed, Interrupted, ShakedownError
 from lib.params import ROOT, Params
-from lib.run import STAGES, Run, open_run
+from lib.run import STAGES, Run, code_state, open_run
 from lib.watch import report
 from lib.watch.live import TerminalProgress
 
@@ -26,10 +26,11 @@ def notebook_of(stage: str) -> Path:
 def run_pipeline(params: Params, path: Path, stages: tuple[str, ...] = STAGES) -> int:
     """Run `stages` in order in the run folder `path`; returns the exit code.
 
-    A stage that has passed in this folder with the same params and code is not run again. The
-    first failed gate ends the pipeline. The report is rendered whatever happens.
+    A stage that has passed in this folder is not run again; where the code changed since, that
+    is said. The first failed gate ends the pipeline. The report is rendered whatever happens.
     """
     run = open_run(params, path, owner="shakedown run")
+    _note_changed_code(run)
     try:
         code, problem = 0, ""
         for stage in stages:
@@ -49,6 +50,14 @@ def run_pipeline(params: Params, path: Path, stages: tuple[str, ...] = STAGES) -
     if problem:
         print(problem, flush=True)
     return code
+
+
+def _note_changed_code(run: Run) -> None:
+    """A finished stage was computed by the code of its time; say so where that is another."""
+    now, then = code_state()["digest"], run.manifest()["code"]["digest"]
+    if now != then and run.summary_file.exists():
+        print(f"lib/ or notebooks/ changed since this run began ({then} then, {now} now): stages "
+              f"that passed are kept. To run them again, remove {run.path}", flush=True)
 
 
 def _has_passed(run: Run, stage: str) -> bool:
