@@ -2,20 +2,16 @@
 
 import hashlib
 import os
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
+from lib.datasets import pictures
+from lib.datasets.pictures import BROKEN, EXIF_ORIENTATION  # noqa: F401 (who reads us needs them)
 from lib.errors import BadInput
 from lib.params import Data, resolve_path
-
-IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"))
-EXIF_ORIENTATION = 0x0112
-BROKEN = (OSError, SyntaxError, ValueError, TypeError, struct.error, Image.DecompressionBombError)
-"""What PIL's decoders raise for a file that is no good picture."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +37,7 @@ class FolderDataset:
 
     def __init__(self, root: Path, split: str, class_names: tuple[str, ...], num_channels: int):
         self.class_names = class_names
-        self.mode = {1: "L", 3: "RGB"}[num_channels]
+        self.mode = pictures.MODES[num_channels]
         self.paths: list[Path] = []
         labels: list[int] = []
         dropped: dict[str, int] = {}
@@ -71,24 +67,14 @@ class FolderDataset:
 
     def open(self, index: int) -> Image.Image:
         """Image `index`, header read and pixels still on disk."""
-        try:
-            return Image.open(self.paths[index])
-        except BROKEN as error:
-            raise self.unreadable(index, error) from None
+        return pictures.open_picture(self.paths[index])
 
     def pixels(self, image: Image.Image) -> Image.Image:
         """The decoded image, upright by its EXIF tag, with the channels the network reads."""
-        if image.getexif().get(EXIF_ORIENTATION, 1) != 1:
-            image = ImageOps.exif_transpose(image)
-        if image.mode == "F" or image.mode.startswith("I"):
-            # PIL would cut these at 255: thousands of grey levels become a handful.
-            raise ValueError(f"more than 8 bits a channel, mode {image.mode}; scale it to 8 bits")
-        return image if image.mode == self.mode else image.convert(self.mode)
+        return pictures.decoded(image, self.mode)
 
     def unreadable(self, index: int, error: Exception) -> BadInput:
-        return BadInput(
-            f"{self.paths[index]}: cannot be decoded ({error}); replace or remove the file"
-        )
+        return pictures.unreadable(self.paths[index], error)
 
 
 def _reason_to_drop(entry: os.DirEntry) -> str | None:
@@ -96,7 +82,7 @@ def _reason_to_drop(entry: os.DirEntry) -> str | None:
         return "hidden file"
     if entry.is_dir():
         return "folder inside a class folder"
-    if os.path.splitext(entry.name)[1].lower() not in IMAGE_SUFFIXES:
+    if not pictures.is_image_name(entry.name):
         return "not an image suffix"
     return "empty file" if entry.stat().st_size == 0 else None
 

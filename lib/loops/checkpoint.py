@@ -8,6 +8,7 @@
 import hashlib
 import json
 import os
+import pickle
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,14 +87,22 @@ def load(run: Run, name: str) -> Checkpoint | None:
     folder = run.checkpoints / name
     if not folder.exists():
         return None
-    digests = json.loads((folder / "digest.json").read_text())
+    try:
+        digests = json.loads((folder / "digest.json").read_text())
+    except (OSError, ValueError):
+        raise BadInput(f"{folder / 'digest.json'}: damaged; remove {folder}") from None
     for file, expected in digests.items():
         if not (folder / file).is_file() or _digest(folder / file) != expected:
             raise BadInput(f"{folder / file}: damaged (its digest differs); remove {folder}")
+    try:
+        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise BadInput(f"{folder / 'state.pt'}: holds more than tensors and plain values, which "
+                       f"this run never wrote; remove {folder}") from None
     return Checkpoint(
         model=load_file(folder / "model.safetensors"),
         ema=load_file(folder / "ema.safetensors") if "ema.safetensors" in digests else None,
-        state=torch.load(folder / "state.pt", map_location="cpu", weights_only=True),
+        state=state,
     )
 
 

@@ -174,7 +174,8 @@ def suggest(found: Sweep) -> Suggestion:
     smoothed, log_lrs = found.smoothed, np.log10(found.lrs)
     lowest = int(smoothed.argmin())
     start = _start(found.losses)
-    fall = start - float(smoothed[lowest])
+    highest = float(smoothed[: lowest + 1].max())  # a loss that only rises has no fall before it
+    fall = min(start, highest) - float(smoothed[lowest])
     # Noise of single steps about the smoothed curve, before anything blows up.
     residuals = (found.losses - smoothed)[: lowest + 1]
     noise = 1.4826 * float(np.median(np.abs(residuals - np.median(residuals)))) if lowest else 0.0

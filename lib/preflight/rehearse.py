@@ -88,8 +88,8 @@ def rehearse(task: Task, params: Params, run: Run) -> Rehearsal:
     optimizer.load_state_dict(saved.state["optimizer"])
     shutil.rmtree(scratch.path)
 
-    asked = (params.train.batch_size // params.train.accumulate, params.model.in_chans,
-             plan.image_size(0), plan.image_size(0))
+    size = plan.image_size(num_steps - 1)
+    asked = (params.train.batch_size // params.train.accumulate, params.model.in_chans, size, size)
     shape = tuple(batch["images"].shape)
     checks = (
         Check("input_shape", "shape of a training micro-batch (B, C, H, W)",

@@ -16,8 +16,9 @@ from lib.watch import plots
 def train_records(num_steps, **changed):
     """Steps of a training whose loss falls from 2.3, `changed` naming what differs."""
     return [
-        {"kind": "step", "stage": "train", "step": n, "time": n / 10, "lr": 0.1 / n, "updated": True,
-         "loss": 2.3 / n**0.5, "epoch": n / 10, "images": 64, "seconds": 0.2, "wait": 0.05}
+        {"kind": "step", "stage": "train", "step": n, "time": n / 10, "lr": 0.1 / n,
+         "loss": 2.3 / n**0.5, "epoch": n / 10, "images": 64, "seconds": 0.2, "wait": 0.05,
+         "updated": True}
         | changed
         for n in range(1, num_steps + 1)
     ]
@@ -236,10 +237,10 @@ def test_numbers_in_labels_survive_the_shortening_of_coordinates():
 def test_drawing_leaves_matplotlib_as_it_was_and_pyplot_alone():
     code = (
         "import sys, matplotlib\n"
-        "before = dict(matplotlib.rcParams)\n"
+        "before = matplotlib.rcParams.copy()\n"
         "from lib.watch import plots\n"
         "plots.html(lambda: plots.schedule([0, 1], [0.1, 0.2]), 'x')\n"
-        "assert dict(matplotlib.rcParams) == before\n"
+        "assert matplotlib.rcParams.copy() == before\n"
         "assert 'matplotlib.pyplot' not in sys.modules and 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
