@@ -197,6 +197,12 @@ class Train(Section):
         return self
 
     @model_validator(mode="after")
+    def _target_to_stop_at(self) -> "Train":
+        if self.stop_at_target and self.target is None:
+            raise ValueError("stop_at_target needs a target; set train.target")
+        return self
+
+    @model_validator(mode="after")
     def _even_micro_batches(self) -> "Train":
         if self.batch_size % self.accumulate:
             raise ValueError(

@@ -120,15 +120,22 @@ def _jsonable(value: Any) -> Any:
         return {str(key): _jsonable(child) for key, child in value.items()}
     if isinstance(value, list | tuple):
         return [_jsonable(child) for child in value]
+    if hasattr(value, "tolist"):  # a numpy or torch number
+        return _jsonable(value.tolist())
     return value
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all: a reader never sees half a file."""
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all: a reader never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(_jsonable(value), indent=1, ensure_ascii=False) + "\n")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON, whole or not at all."""
+    write_text(path, json.dumps(_jsonable(value), indent=1, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any | None:
@@ -155,7 +162,7 @@ class Run:
         self.report = self.path / "report"
         self._lock = None
         self._records = None
-        self._clock_start = 0.0
+        self._clock_start: float | None = None
         self._stage = ""
 
     # -- records ------------------------------------------------------------------------------
@@ -171,9 +178,14 @@ class Run:
             self._records.flush()
 
     def start(self, stage: str) -> None:
-        """Begin a stage: its old verdict is void, and records from now on carry its name."""
+        """Begin a stage: its old verdict is void, and records from now on carry its name.
+
+        What an earlier try recorded is dropped; a training drops only what it does not resume.
+        """
         (self.verdicts / f"{stage}.json").unlink(missing_ok=True)
         self._stage = stage
+        if stage != "train":
+            self.rewind_records(stage, step=0)
         # The one wall-clock time in the records, for tools that want dates.
         self.record("event", event="stage started", unix=round(time.time(), 3))
 
@@ -185,8 +197,9 @@ class Run:
     def _open_records(self) -> None:
         # A run of several processes, stages or resumes has one clock: it goes on from the last
         # record, so time spent dead is not time spent running.
-        before = max((row.get("time", 0.0) for row in read_records(self.records_file)), default=0.0)
-        self._clock_start = time.monotonic() - before
+        if self._clock_start is None:
+            times = (row.get("time", 0.0) for row in read_records(self.records_file))
+            self._clock_start = time.monotonic() - max(times, default=0.0)
         if self.records_file.exists() and not self.records_file.read_bytes().endswith(b"\n"):
             self._rewrite_records(lambda row: True)  # a torn last line from a killed writer
         self._records = self.records_file.open("a", encoding="utf-8")
@@ -339,8 +352,8 @@ def open_run(params: Params, path: Path, owner: str) -> Run:
                 "(run_dir in a notebook) or remove the folder"
             )
     else:
-        run.params_file.write_text(params_module.to_yaml(params))
         run.write_manifest(params)
+        write_text(run.params_file, params_module.to_yaml(params))
     return run
 
 

@@ -390,6 +390,7 @@ def test_every_leaf_can_be_set_and_survives_the_round_trip_and_changes_the_diges
     overrides = {
         "train.epochs": {key: None, "train.steps": 5},
         "train.steps": {key: 7, "train.epochs": None},
+        "train.stop_at_target": {key: True, "train.target": 0.5},
         "model.in_chans": {key: 1, "data.mean": [0.5], "data.std": [0.5]},
     }.get(key, {key: value})
     if overrides == {key: None}:

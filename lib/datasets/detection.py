@@ -119,6 +119,9 @@ class DetectionDataset:
         had_box = np.bincount(image, minlength=len(self.paths)) > 0
         units = self.sizes[image] if listing.in_pixels else np.ones((len(image), 2))
         boxes, clipped, faults = make_boxes(corners, units)
+        if listing.faults is not None:
+            known = listing.faults[by_image]
+            faults = np.where(known.astype(bool), known, faults)
         kept_classes = _chosen_classes(listing, data)
         faults[~np.isin(labels, kept_classes)] = "class not in data.classes"
         keep = ~faults.astype(bool)
@@ -293,6 +296,8 @@ class Listing:
     """(M,) where each box is written: a file, or file:line."""
     tally: Tally
     """What the format has left out already."""
+    faults: np.ndarray | None = None
+    """(M,) object: None, or why the format refuses this box."""
 
 
 def make_boxes(

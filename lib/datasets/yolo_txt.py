@@ -8,7 +8,7 @@ ROOT/labels/SPLIT. A picture without a label file holds no box.
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,7 @@ from lib.params import Data, resolve_path
 
 ROUNDING = 1e-3  # how far a share may lie outside [0, 1] and still be taken as rounding
 PIXELS = 2.0  # a line with a number above this is in pixels
+FAULTY = [0.0, *[float("nan")] * 4]  # stands for a line that gives no class and box
 
 
 def open_splits(
@@ -237,40 +238,46 @@ def _names(tree: dict, root: Path, yaml_file: Path | None) -> list[str] | None:
 # --------------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(frozen=True)
 class Labels:
-    """One label file: n well-formed lines."""
+    """One label file of n lines."""
 
-    classes: np.ndarray  # (n,) int64
-    boxes: np.ndarray  # (n, 4) float64 cxcywh
+    classes: np.ndarray  # (n,) int64, 0 in a faulty line
+    boxes: np.ndarray  # (n, 4) float64 cxcywh, NaN in a faulty line
     lines: list[int]
-    """Line number of each, from 1."""
-    malformed: dict[int, str] = field(default_factory=dict)
-    """What is wrong, by line number."""
+    """Line numbers, from 1."""
+    faults: np.ndarray  # (n,) object: None, or what is wrong with the line
 
 
 def parse(text: str) -> Labels:
-    rows, lines, malformed = [], [], {}
+    rows, lines, faults = [], [], []
     for number, line in enumerate(text.split("\n"), 1):
         words = line.split()
         if not words:
             continue
         try:
-            row = [float(word) for word in words]
+            row, fault = _row(words)
         except ValueError:
-            malformed[number] = "label line with a word that is no number"
-            continue
-        if len(row) > 6 and len(row) % 2:
-            malformed[number] = "label line with a polygon instead of a box"
-        elif len(row) != 5:
-            malformed[number] = "label line without exactly five numbers"
-        elif not row[0].is_integer():
-            malformed[number] = "label line whose class is no whole number"
-        else:
-            rows.append(row)
-            lines.append(number)
+            row, fault = FAULTY, "label line with a word that is no number"
+        rows.append(row)
+        lines.append(number)
+        faults.append(fault)
     array = np.asarray(rows, np.float64).reshape(-1, 5)
-    return Labels(array[:, 0].astype(np.int64), array[:, 1:], lines, malformed)
+    return Labels(array[:, 0].astype(np.int64), array[:, 1:], lines, np.asarray(faults, object))
+
+
+def _row(words: list[str]) -> tuple[list[float], str | None]:
+    """Class and box of a line, and what is wrong with it."""
+    row = [float(word) for word in words]
+    if len(row) > 6 and len(row) % 2:
+        return FAULTY, "label line with a polygon instead of a box"
+    if len(row) != 5:
+        return FAULTY, "label line without exactly five numbers"
+    if not row[0].is_integer():
+        return FAULTY, "label line whose class is no whole number"
+    if min(row[1:]) < -ROUNDING or max(row[1:]) > 1 + ROUNDING:
+        return row, "box with a value outside [0, 1]"
+    return row, None
 
 
 def _read_labels(files: SplitFiles) -> list[Labels]:
@@ -307,7 +314,8 @@ def _refuse_pixels(parts: Sequence[Labels], files: SplitFiles) -> None:
     """A file whose every line is in pixels was written that way; a single line is a slip."""
     in_pixels = [
         path for path, part in zip(files.labels, parts, strict=True)
-        if len(part.boxes) and (np.nan_to_num(part.boxes).max(1) > PIXELS).all()
+        if (part.boxes > PIXELS).any()
+        and ((part.boxes > PIXELS).any(1) | np.isnan(part.boxes).all(1)).all()
     ]
     if in_pixels:
         raise BadInput(
@@ -318,21 +326,13 @@ def _refuse_pixels(parts: Sequence[Labels], files: SplitFiles) -> None:
 
 
 def _listing(files: SplitFiles, parts: Sequence[Labels], names: list[str]) -> Listing:
-    tally = files.tally
-    image_of_box, places = [], []
-    for i, (path, part) in enumerate(zip(files.labels, parts, strict=True)):
-        for number, reason in part.malformed.items():
-            tally.drop_box(reason, f"{path}:{number}")
-        outside = ((part.boxes < -ROUNDING) | (part.boxes > 1 + ROUNDING)).any(1)
-        for j in np.flatnonzero(outside):
-            tally.drop_box("box with a value outside [0, 1]", f"{path}:{part.lines[j]}")
-        part.classes, part.boxes = part.classes[~outside], part.boxes[~outside]
-        places += [
-            f"{path}:{line}" for line, out in zip(part.lines, outside, strict=True) if not out
-        ]
-        image_of_box += [i] * len(part.boxes)
+    places = [
+        f"{path}:{line}"
+        for path, part in zip(files.labels, parts, strict=True) for line in part.lines
+    ]
     boxes = np.concatenate([np.empty((0, 4)), *(part.boxes for part in parts)])  # (M, 4)
     classes = np.concatenate([np.empty(0, np.int64), *(part.classes for part in parts)])  # (M,)
+    faults = np.concatenate([np.empty(0, object), *(part.faults for part in parts)])  # (M,)
     center, size = boxes[:, :2], boxes[:, 2:]
     return Listing(
         split=files.split,
@@ -343,12 +343,13 @@ def _listing(files: SplitFiles, parts: Sequence[Labels], names: list[str]) -> Li
         file_sizes=list(files.pictures.values()),
         sizes=np.asarray(files.sizes).reshape(-1, 2),
         image_ids=np.arange(1, len(files.pictures) + 1),
-        image_of_box=np.asarray(image_of_box, np.int64),
+        image_of_box=np.repeat(np.arange(len(parts)), [len(part.lines) for part in parts]),
         corners=np.concatenate((center - size / 2, center + size / 2), 1),
         in_pixels=False,
         labels=classes,
         is_crowd=np.zeros(len(boxes), bool),
         areas=np.full(len(boxes), np.nan),
         places=places,
-        tally=tally,
+        tally=files.tally,
+        faults=faults,
     )

@@ -86,6 +86,8 @@ def train(task: Task, params: Params, run: Run, lr: float) -> str:
         at, top = Position(**saved.state["position"]), [tuple(x) for x in saved.state["top"]]
         run.rewind_records("train", at.step)
         run.record("event", event="resumed", step=at.step)
+    else:
+        run.rewind_records("train", step=0)  # an earlier try that saved nothing
     run.record("event", event="train planned", steps=plan.num_steps, epochs=plan.num_epochs,
                evals=plan.num_evals, lr=lr, guessing=task.guessing)
 
@@ -161,7 +163,7 @@ def train(task: Task, params: Params, run: Run, lr: float) -> str:
                 if score > at.best:
                     at.best, at.best_step, at.evals_since_best = score, at.step, 0
                 top = sorted([*top, (score, at.step)], reverse=True)[: config.keep_best]
-                if config.stop_at_target and config.target and score >= config.target:
+                if config.stop_at_target and score >= config.target:
                     at.ended = "target"
                 elif config.patience_evals and at.evals_since_best >= config.patience_evals:
                     at.ended = "patience"

@@ -120,6 +120,19 @@ def all_grouped(model: nn.Module, groups: list[dict]) -> Check:
     )
 
 
+def planned_machine(params: Params) -> Check:
+    """Whether this machine is the one the run is planned for."""
+    machine = params.machine
+    planned = f"{machine.nodes} x {machine.gpus} x {machine.gpu or machine.device}"
+    if machine.device not in ("cuda", "auto") or not machine.gpu:
+        return Check("machine", "planned machine", planned, "any", True, "info")
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    found = ", ".join(sorted(set(names))) or "no GPU"
+    fits = len(names) >= machine.gpus and all(machine.gpu in name for name in names)
+    return Check("machine", f"planned for {planned}; here", found, planned, fits, "info",
+                 "This check needs no GPU; the run does.")
+
+
 def plan_checks(plan: Plan, peak_lr: float | None) -> list[Check]:
     """The schedule, the moving average and every interval, simulated over the whole run.
 

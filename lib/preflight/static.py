@@ -6,7 +6,7 @@ from lib.datasets import FORMATS
 from lib.loops.schedule import Plan
 from lib.params import Params, resolve_path
 from lib.preflight.audit import census_checks
-from lib.preflight.contracts import plan_checks
+from lib.preflight.contracts import plan_checks, planned_machine
 from lib.run import Check, shown
 from lib.tasks import TASKS
 
@@ -22,7 +22,7 @@ def check(params: Params) -> int:
         plan = Plan(params, num_train)
         lr = None if params.optim.lr == "auto" else params.effective_lr()
         checks += plan_checks(plan, lr)
-    checks.append(_machine(params))
+    checks.append(planned_machine(params))
     for item in checks:
         mark = "ok" if item.passed else {"error": "FAILED"}.get(item.severity, item.severity)
         print(f"{mark:>8}  {item.title}: {shown(item.value)}")
@@ -61,16 +61,3 @@ def _network(params: Params, num_classes: int) -> Check:
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     return Check("network", f"{params.model.name} for {num_classes} classes",
                  f"{num_parameters / 1e6:,.2f} M parameters", "builds", num_parameters > 0)
-
-
-def _machine(params: Params) -> Check:
-    """Whether this machine is the one the run is planned for."""
-    machine = params.machine
-    planned = f"{machine.nodes} x {machine.gpus} x {machine.gpu or machine.device}"
-    if machine.device not in ("cuda", "auto") or not machine.gpu:
-        return Check("machine", "planned machine", planned, "any", True, "info")
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    found = ", ".join(sorted(set(names))) or "no GPU"
-    fits = len(names) >= machine.gpus and all(machine.gpu in name for name in names)
-    return Check("machine", f"planned for {planned}; here", found, planned, fits, "info",
-                 "This check needs no GPU; the run does.")

@@ -196,6 +196,26 @@ def test_a_sample_is_a_function_of_seed_epoch_and_index(dataset):
     assert len({first, make(1, 0, 2), make(0, 1, 2), make(0, 0, 3)}) == 4
 
 
+@pytest.mark.parametrize("hflip", [0.0, 1.0])
+def test_the_pictures_of_a_mosaic_meet_where_their_windows_do(dataset, hflip):
+    augment = BoxAugment(mosaic=1.0, scale=(0.5, 1.5), translate=0.2, hflip=hflip)
+    seams = 0
+    for index in range(20):
+        sample = bt.plan(dataset, index % 8, (90, 130), True, augment, crop_rng(0, 0, index))
+        for tile in sample.layers[0]:
+            ends = np.array([[tile.view.offset_x, tile.view.offset_x + tile.view.scale_x],
+                             [tile.view.offset_y, tile.view.offset_y + tile.view.scale_y]])
+            ends = np.sort(ends, 1) * [[130], [90]]  # where the picture begins and ends, x and y
+            for axis, side in ((0, 130), (1, 90)):
+                for end, edge in enumerate((tile.window[axis], tile.window[axis + 2])):
+                    if 0 < edge < side:
+                        assert abs(ends[axis, end] - edge) <= 0.5
+                        seams += 1
+        covered = sum((r - x) * (b - y) for x, y, r, b in (t.window for t in sample.layers[0]))
+        assert covered == 90 * 130
+    assert seams > 50
+
+
 def test_mosaic_and_mixup_have_an_off_switch(dataset):
     augment = BoxAugment(mosaic=1.0, mixup=1.0)
     on = bt.plan(dataset, 0, (64, 64), True, augment, crop_rng(0, 0, 0))
@@ -232,6 +252,22 @@ def test_iou_crop_keeps_a_box_by_the_drawn_overlap():
     assert sizes["part"] > 100 and sizes["whole"] > 15
 
 
+def test_iou_crop_reaches_the_drawn_overlap(monkeypatch):
+    monkeypatch.setattr(bt, "MIN_IOUS", (0.7,))
+    box = np.array([[0.5, 0.5, 0.6, 0.6]])
+    for seed in range(20):
+        crop = bt.iou_crop(box, (0.0, 0.0, 1.0, 1.0), 1.0, np.random.default_rng(seed))
+        sides = np.minimum(crop[2:], 0.8) - np.maximum(crop[:2], 0.2)
+        area = (crop[2] - crop[0]) * (crop[3] - crop[1])
+        assert sides.prod() / (0.36 + area - sides.prod()) >= 0.7
+
+
+def test_zoom_is_about_the_middle():
+    whole = View(1, 1, 0, 0)
+    assert whole.zoomed(0.5, (0.5, 0.5)) == View(0.5, 0.5, 0.25, 0.25)
+    assert whole.zoomed(2.0, (0.6, 0.5)) == View(2.0, 2.0, -0.4, -0.5)
+
+
 def test_a_picture_without_boxes_is_augmented_too(dataset, monkeypatch):
     nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
     monkeypatch.setattr(dataset, "targets", lambda index: nothing, raising=False)
@@ -244,7 +280,7 @@ def test_a_sliver_of_a_box_is_no_target(dataset):
     tile = bt.Tile(0, View(1, 1, 0, 0), (0, 0, 100, 100))
     boxes = np.array([
         [1.04, 0.5, 0.2, 0.2],  # 30 % inside
-        [1.09, 0.5, 0.2, 0.2],  # 5 %
+        [1.085, 0.5, 0.2, 0.2],  # 7.5 %
         [0.5, 0.5, 0.009, 0.2],  # less than a pixel
     ])
     kept, keep = bt._visible(boxes, tile, (100, 100))

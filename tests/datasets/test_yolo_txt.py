@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lib.datasets import coco, yolo_txt
+from lib.datasets import coco, detection, yolo_txt
 from lib.errors import BadInput
 from lib.params import Data
 
@@ -97,16 +97,19 @@ def test_without_names_the_classes_are_numbered_by_training(opened, tmp_path):
     ("0 .5 .5 nan .5", "box not made of four finite numbers"),
 ])
 def test_d7_faulty_lines_are_counted_and_named(opened, tmp_path, line, reason):
-    train, _ = opened([GOOD + line + "\n" + GOOD])
-    assert train.census.boxes_dropped == {reason: 1}
-    assert train.census.boxes_used == 2 and train.census.boxes_listed == 3
-    (place,) = train.census.examples[reason]
-    assert place == f"{tmp_path}/labels/train/0.txt:2"
+    train, _ = opened([GOOD + line + "\n" + GOOD, line])
+    assert train.census.boxes_dropped == {reason: 2}
+    assert train.census.boxes_used == 2 and train.census.boxes_listed == 4
+    assert train.census.examples[reason] == tuple(
+        f"{tmp_path}/labels/train/{place}" for place in ("0.txt:2", "1.txt:1")
+    )
+    assert train.census.emptied == 1  # the second picture would now pass for background
+    assert train.census.examples["all boxes dropped"] == ("1.jpg",)
 
 
 def test_d1_a_file_in_pixels_is_refused(opened):
     with pytest.raises(BadInput, match=r"0.txt: the boxes are in pixels.*shares.*2 such files"):
-        opened(["0 20 10 8 4\n1 30 9 8 4\n", "1 20 10 8 4\n", GOOD])
+        opened(["0 20 10 8 4\n1 30 9 8 4\n1 2\n", "1 20 10 8 4\n", GOOD])
     train, _ = opened(["0 20 10 8 4\n" + GOOD, GOOD, GOOD])  # one line of a good file: a slip
     assert train.census.boxes_dropped == {"box with a value outside [0, 1]": 1}
 
@@ -143,6 +146,20 @@ def test_d6_d10_files_left_out_are_counted(opened, tmp_path):
     }
     assert census.examples["not a picture that can be opened"] == ("2.jpg",)
     assert census.used == 1 and census.listed == 4
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_sizes_are_those_of_the_upright_picture_and_need_the_header_only(tmp_path, suffix):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 70, 3), np.uint8))
+    exif = picture.getexif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / f"plain.{suffix}")
+    picture.save(tmp_path / f"turned.{suffix}", exif=exif)
+    for name in ("plain", "turned"):
+        file = tmp_path / f"{name}.{suffix}"
+        file.write_bytes(file.read_bytes()[:2000])  # the pixels are cut off
+    paths = [tmp_path / f"{name}.{suffix}" for name in ("plain", "turned", "gone")]
+    assert detection.read_sizes(paths) == [(70, 90), (90, 70), None]
 
 
 @pytest.mark.parametrize("description, message", [

@@ -260,7 +260,7 @@ def test_a_run_killed_at_once_resumes_to_the_same_end(tmp_path, tiny_params):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(file), str(killed.path)],
                                env=environment, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 240
     while not (killed.checkpoints / "last").exists() and time.monotonic() < deadline:
         assert process.poll() is None, process.stderr.read().decode()
         time.sleep(0.005)
