@@ -316,6 +316,15 @@ class Params(Section):
     """Copies of the records."""
 
     @model_validator(mode="after")
+    def _pairs_to_mix(self) -> "Params":
+        mixes = self.data.augment.mixup or self.data.augment.cutmix
+        if mixes and self.train.batch_size // self.train.accumulate % 2:
+            raise ValueError(
+                "mixup and cutmix mix pairs: train.batch_size / train.accumulate must be even"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _channels_agree(self) -> "Params":
         for name in ("mean", "std"):
             if len(getattr(self.data, name)) != self.model.in_chans:
@@ -518,9 +527,15 @@ def to_yaml(params: Params) -> str:
     )
 
 
+CHANGEABLE = ("budget.", "logging.")
+"""Sections a run may change between a stop and its resume: they do not touch what is computed."""
+
+
 def digest(params: Params) -> str:
-    """SHA-256 of the resolved tree, 16 hex digits."""
-    canonical = json.dumps(params.model_dump(mode="json"), sort_keys=True)
+    """SHA-256 of every key that decides what is computed, 16 hex digits."""
+    deciding = {key: value for key, value in flatten(params).items()
+                if not key.startswith(CHANGEABLE)}
+    canonical = json.dumps(deciding, sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -31,33 +32,51 @@ def run_pipeline(params: Params, path: Path, stages: tuple[str, ...] = STAGES) -
     """
     run = open_run(params, path, owner="shakedown run")
     _note_changed_code(run)
+    code, problem = 0, ""
     try:
-        code, problem = 0, ""
         for stage in stages:
             if _has_passed(run, stage):
-                print(f"{stage}: passed before", flush=True)
+                say(f"{stage}: passed before")
                 continue
             _void_later(run, stage)
             code, problem = _run_stage(run, stage)
             if code:
                 break
     finally:
-        run.write_summary()
-        report.render_all(run.path.parent)  # first, because the run's page links to it
-        page = report.render_run(run)
-        run.unlock()
-    print(f"report: {page}", flush=True)
+        try:
+            _render(run)
+        finally:
+            run.unlock()
     if problem:
-        print(problem, flush=True)
+        say(problem)
     return code
+
+
+def say(text: str) -> None:
+    """Print a line; a terminal that has gone away (a dropped SSH session) stops nothing."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process)
+
+
+def _render(run: Run) -> None:
+    """Summary and pages; a page that cannot be drawn must not change how the run ended."""
+    run.write_summary()
+    try:
+        report.render_all(run.path.parent)  # first, because the run's page links to it
+        say(f"report: {report.render_run(run)}")
+    except Exception as error:
+        say(f"the report could not be drawn ({type(error).__name__}: {error}); the run folder is "
+            f"whole: shakedown report {run.path}")
 
 
 def _note_changed_code(run: Run) -> None:
     """A finished stage was computed by the code of its time; say so where that is another."""
     now, then = code_state()["digest"], run.manifest()["code"]["digest"]
     if now != then and run.summary_file.exists():
-        print(f"lib/ or notebooks/ changed since this run began ({then} then, {now} now): stages "
-              f"that passed are kept. To run them again, remove {run.path}", flush=True)
+        say(f"lib/ or notebooks/ changed since this run began ({then} then, {now} now): stages "
+            f"that passed are kept. To run them again, remove {run.path}")
 
 
 def _has_passed(run: Run, stage: str) -> bool:
@@ -88,8 +107,8 @@ def _run_stage(run: Run, stage: str) -> tuple[int, str]:
         except GateFailed as gate:
             return gate.exit_code, f"failed gate: {gate}"
     name, message = execution.error or ("", "")
-    if stopped:
-        return Interrupted.exit_code, f"{stage}: {message or 'stopped before anything was saved'}"
+    if stopped and name in ("KeyboardInterrupt", "Interrupted"):
+        return Interrupted.exit_code, f"{stage}: {message or 'stopped; run it again to go on'}"
     if name in EXIT_CODES:
         return EXIT_CODES[name], f"{stage}: {message}"
     return 1, f"{stage}: {name or 'its kernel died'}: {message or 'no verdict was written'}"
@@ -106,8 +125,10 @@ class _Execution:
         self.run, self.stage = run, stage
         self.error: tuple[str, str] | None = None
         self._kernel_manager = None
+        self._last_group: int | None = None
         self._thread = threading.Thread(target=self._execute, name=f"papermill-{stage}")
         self._asked_at: float | None = None
+        self._delivered = False
 
     def start(self) -> None:
         self._thread.start()
@@ -116,11 +137,13 @@ class _Execution:
         """Wait for the end and show progress; True if a signal asked the stage to stop."""
         progress = TerminalProgress(self.run)
         previous = {number: signal.signal(number, self._on_signal)
-                    for number in (signal.SIGINT, signal.SIGTERM)}
+                    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         try:
             while self._thread.is_alive():
                 self._thread.join(0.5)
                 progress.tick()
+                if self._asked_at and not self._delivered:  # the kernel was not there yet
+                    self._delivered = self._signal_kernel(signal.SIGINT)
                 if self._asked_at and time.monotonic() - self._asked_at > GRACE_SECONDS:
                     self._signal_kernel(signal.SIGKILL)
         finally:
@@ -132,22 +155,25 @@ class _Execution:
 
     def _on_signal(self, number: int, frame: Any) -> None:
         self._asked_at = self._asked_at or time.monotonic()
-        self._signal_kernel(signal.SIGINT)
+        self._delivered = self._signal_kernel(signal.SIGINT)
 
-    def _signal_kernel(self, number: int) -> None:
-        """To the kernel's whole process group: it leads a session of its own."""
-        if group := self._kernel_group:
-            try:
-                os.killpg(group, number)
-            except ProcessLookupError:
-                pass
+    def _signal_kernel(self, number: int) -> bool:
+        """To the kernel's whole process group: it leads a session of its own. False: none there."""
+        group = self._kernel_group
+        if not group:
+            return False
+        try:
+            os.killpg(group, number)
+        except ProcessLookupError:
+            return False
+        return True
 
     @property
     def _kernel_group(self) -> int | None:
         provisioner = getattr(self._kernel_manager, "provisioner", None)
         if provisioner is not None and provisioner.pgid:
             self._last_group = provisioner.pgid
-        return getattr(self, "_last_group", None)
+        return self._last_group
 
     def _execute(self) -> None:
         import nbclient

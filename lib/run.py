@@ -247,9 +247,10 @@ class Run:
         return found and Verdict(stage, tuple(Check(**check) for check in found["checks"]))
 
     def suggested_lr(self) -> float | None:
-        """The learning rate the LR finder found, or None."""
+        """The learning rate that a passed LR finder found, or None."""
         found = [row["lr"] for row in self.rows("lr_finder") if row.get("event") == "suggestion"]
-        return found[-1] if found and self.verdict("lr_finder") else None
+        verdict = self.verdict("lr_finder")
+        return found[-1] if found and verdict and verdict.passed else None
 
     def rows(self, stage: str) -> list[dict]:
         """The records of one stage."""
@@ -284,7 +285,9 @@ class Run:
         records = list(read_records(self.records_file))
         seconds = stage_seconds(records)
         evaluations = [row for row in records if row["kind"] == "eval"]
-        final = [row for row in evaluations if row["stage"] == "analysis"] or evaluations[-1:]
+        final = [row for row in evaluations if row["stage"] == "analysis"]
+        if not verdicts["analysis"]:
+            final = [row for row in evaluations if row["stage"] == "train"][-1:]
         metrics = {
             key: value for row in final for key, value in row.items() if "/" in key
         }
@@ -343,7 +346,9 @@ def open_run(params: Params, path: Path, owner: str) -> Run:
             f"{run.path}: cannot be written ({error.strerror}); choose another output folder"
         ) from None
     if run.params_file.exists():
-        changed = params_module.difference(run.params(), params)
+        there = run.params()
+        changed = [row for row in params_module.difference(there, params)
+                   if not row[0].startswith(params_module.CHANGEABLE)]
         if changed:
             run.unlock()
             listed = "; ".join(f"{key}: {old} there, {new} now" for key, old, new in changed[:6])
@@ -351,6 +356,8 @@ def open_run(params: Params, path: Path, owner: str) -> Run:
                 f"{run.path}: holds a run with other params ({listed}); choose another --name "
                 "(run_dir in a notebook) or remove the folder"
             )
+        if there != params:  # a larger budget, say
+            write_text(run.params_file, params_module.to_yaml(params))
     else:
         run.write_manifest(params)
         write_text(run.params_file, params_module.to_yaml(params))

@@ -31,10 +31,10 @@ class Request:
     """Where these samples stand in the step's global batch."""
 
 
-def eval_requests(num_samples: int, batch_size: int, image_size: int) -> Iterator[Request]:
-    """Every sample once, in the data set's order; the last batch may be smaller."""
-    for start in range(0, num_samples, batch_size):
-        indices = np.arange(start, min(start + batch_size, num_samples))
+def eval_requests(chosen: np.ndarray, batch_size: int, image_size: int) -> Iterator[Request]:
+    """The chosen samples in their order; the last batch may be smaller."""
+    for start in range(0, len(chosen), batch_size):
+        indices = chosen[start : start + batch_size]
         yield Request(start // batch_size, 0, indices, image_size, range(len(indices)))
 
 

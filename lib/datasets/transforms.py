@@ -88,18 +88,23 @@ def val_box(width: int, height: int, data: Data) -> tuple[float, float, float, f
 # --------------------------------------------------------------------------------------------
 
 
-def normalize(images: Tensor, data: Data) -> Tensor:
+def moments(data: Data, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Channel means and deviations of values in [0, 255], each (1, C, 1, 1) on the device."""
+    mean, std = (
+        torch.tensor(values, device=device).view(1, -1, 1, 1) * 255
+        for values in (data.mean, data.std)
+    )
+    return mean, std
+
+
+def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """uint8 (B, C, H, W) to float32, channel means taken off and deviations divided by."""
-    mean = torch.tensor(data.mean, device=images.device).view(1, -1, 1, 1) * 255
-    std = torch.tensor(data.std, device=images.device).view(1, -1, 1, 1) * 255
     return (images.float() - mean) / std
 
 
-def denormalize(images: Tensor, data: Data) -> np.ndarray:
+def denormalize(images: Tensor, mean: Tensor, std: Tensor) -> np.ndarray:
     """What `normalize` made, back as uint8 pictures (B, H, W, C) for people."""
-    mean = torch.tensor(data.mean, device=images.device).view(1, -1, 1, 1)
-    std = torch.tensor(data.std, device=images.device).view(1, -1, 1, 1)
-    pictures = ((images.float() * std + mean) * 255).round().clamp(0, 255).byte()
+    pictures = (images.float() * std + mean).round().clamp(0, 255).byte()
     return pictures.permute(0, 2, 3, 1).cpu().numpy()
 
 
@@ -116,37 +121,40 @@ def color_jitter(images: Tensor, factors: Tensor) -> Tensor:
     return (grey + (images - grey) * saturation).clamp(0, 255)
 
 
-def jitter_factors(strength: float, seed: int, epoch: int, indices: np.ndarray) -> Tensor:
-    """Brightness, contrast and saturation factors of each sample, (B, 3)."""
-    low, high = max(0.0, 1 - strength), 1 + strength
-    rows = [np.random.default_rng((seed, JITTER, epoch, int(i))).uniform(low, high, 3)
-            for i in indices]
-    return torch.tensor(np.asarray(rows), dtype=torch.float32)
+def jitter_factors(
+    strength: float, seed: int, step: int, positions: range, batch_size: int
+) -> Tensor:
+    """Brightness, contrast and saturation factors of the samples at `positions`, (B, 3)."""
+    rng = np.random.default_rng((seed, JITTER, step))
+    factors = rng.uniform(max(0.0, 1 - strength), 1 + strength, (batch_size, 3))
+    return torch.from_numpy(factors[positions.start : positions.stop].astype(np.float32))
 
 
-def mix_plan(augment: Augment, seed: int, step: int, positions: range, size: int) -> Tensor:
+def mix_plan(
+    augment: Augment, seed: int, step: int, positions: range, batch_size: int, size: int
+) -> Tensor:
     """How each sample of a batch is mixed with its neighbour, (B, 5): share, then the box cut out.
 
     Mixup (Zhang et al. 2018) keeps `share` of every pixel; cutmix (Yun et al. 2019) keeps all but
-    the box left, top, right, bottom. Partners are positions 2i and 2i + 1 of the *global* batch
-    and each pair draws its own numbers, so the result does not depend on how the batch is split
+    the box left, top, right, bottom. Partners are positions 2i and 2i + 1 of the *global* batch of
+    `batch_size`, for which all numbers are drawn, so the result does not depend on how it is split
     over devices or micro-batches. With both alphas set each pair takes one by a fair coin.
     """
-    plan = np.zeros((len(positions), 5), np.float32)
-    plan[:, 0] = 1
-    for pair in range(len(positions) // 2):
-        rng = np.random.default_rng((seed, PAIR, step, positions[2 * pair] // 2))
-        use_cutmix = augment.cutmix > 0 and (augment.mixup == 0 or rng.random() < 0.5)
-        alpha = augment.cutmix if use_cutmix else augment.mixup
-        share = rng.beta(alpha, alpha)
-        row = plan[2 * pair : 2 * pair + 2]
-        if use_cutmix:
-            side = round(size * math.sqrt(1 - share))
-            left, top = rng.integers(0, size - side + 1, 2)
-            row[:, 1:] = left, top, left + side, top + side
-        else:
-            row[:, 0] = share
-    return torch.from_numpy(plan)
+    num_pairs = batch_size // 2
+    rng = np.random.default_rng((seed, PAIR, step))
+    coin, corner = rng.random(num_pairs), rng.random((num_pairs, 2))
+    use_cutmix = (coin < 0.5) | (augment.mixup == 0) if augment.cutmix else coin < 0
+    mixup_share, cutmix_share = (
+        rng.beta(alpha, alpha, num_pairs) if alpha else np.ones(num_pairs)
+        for alpha in (augment.mixup, augment.cutmix)
+    )
+    side = np.where(use_cutmix, np.round(size * np.sqrt(1 - cutmix_share)), 0)
+    low = np.floor(corner * (size - side + 1)[:, None])  # left, top
+    plan = np.zeros((batch_size, 5), np.float32)
+    plan[:, 0] = 1  # an unpaired last sample stays as it is
+    pairs = np.column_stack((np.where(use_cutmix, 1, mixup_share), low, low + side[:, None]))
+    plan[: 2 * num_pairs] = pairs.repeat(2, axis=0)
+    return torch.from_numpy(plan[positions.start : positions.stop])
 
 
 def swap_pairs(values: Tensor) -> Tensor:

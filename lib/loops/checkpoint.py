@@ -74,7 +74,8 @@ def prune(run: Run, keep_steps: set[int]) -> None:
     for name in ("last", "best"):
         if (run.checkpoints / name).is_symlink():
             keep.add(os.readlink(run.checkpoints / name))
-    for path in run.checkpoints.glob("step_*"):
+    leftovers = run.checkpoints.glob(".step_*")  # of a save that was killed
+    for path in [*run.checkpoints.glob("step_*"), *leftovers]:
         if path.name not in keep:
             shutil.rmtree(path)
 
@@ -104,6 +105,28 @@ def load(run: Run, name: str) -> Checkpoint | None:
         ema=load_file(folder / "ema.safetensors") if "ema.safetensors" in digests else None,
         state=state,
     )
+
+
+def load_newest(run: Run) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that is whole, and what was wrong with newer ones.
+
+    None where nothing was ever saved. Raises BadInput where something was and all of it is
+    damaged: a training never starts over silently.
+    """
+    folders = run.checkpoints.glob("step_*")
+    steps = sorted(int(path.name.removeprefix("step_")) for path in folders)
+    problems = []
+    for step in reversed(steps):
+        try:
+            return load(run, f"step_{step}"), problems
+        except BadInput as error:
+            problems.append(str(error))
+    if problems:
+        raise BadInput(
+            f"{run.checkpoints}: no whole checkpoint left ({'; '.join(problems)}); remove the "
+            "folder to start the training over"
+        )
+    return None, []
 
 
 def load_delivered(run: Run, model: nn.Module) -> int:

@@ -34,6 +34,11 @@ def pick_device(machine: Machine, requested: str = "auto") -> torch.device:
             f"machine.gpus is {machine.gpus}, this machine has {found} {name} "
             f"device{'s' * (found != 1)}; set machine.gpus={found} or run on a larger machine"
         )
+    if machine.gpus * machine.nodes > 1:
+        raise BadInput(
+            f"machine.gpus {machine.gpus} x machine.nodes {machine.nodes}: this version trains on "
+            "one device; set both to 1"
+        )
     return torch.device(name)
 
 

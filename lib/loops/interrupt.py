@@ -12,7 +12,11 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.requested: str | None = None
+        """Name of the signal that came; None: none did."""
         self._previous: dict[int, object] = {}
+
+    def is_requested(self) -> bool:
+        return self.requested is not None
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.requested = signal.Signals(number).name

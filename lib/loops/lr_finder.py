@@ -98,8 +98,13 @@ def _divergence(lrs: np.ndarray, losses: np.ndarray, smoothed: np.ndarray) -> fl
 
 
 def trial(task: Task, params: Params, lr: float) -> list[float]:
-    """The losses of a short training at a constant `lr`: does it really learn there?"""
-    losses = []
+    """The losses of a short training at a constant `lr`: does it really learn there?
+
+    Empty where lr_finder.trial_steps is 0.
+    """
+    losses: list[float] = []
+    if not params.lr_finder.trial_steps:
+        return losses
     for loss in _losses(task, params, [lr] * params.lr_finder.trial_steps):
         losses.append(loss)
         if not math.isfinite(loss):

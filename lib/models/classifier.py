@@ -9,8 +9,12 @@ from lib.errors import BadInput
 from lib.params import Model
 
 
-def build(model: Model, num_classes: int, pretrained: bool) -> nn.Module:
+def build(
+    model: Model, num_classes: int, pretrained: bool, image_size: int | None = None
+) -> nn.Module:
     """A timm model with a head of `num_classes`; (B, C, H, W) to logits (B, num_classes).
+
+    Networks of a fixed input size (most transformers) are built for `image_size` pixels.
 
     Raises BadInput: an unknown name, an option the model does not have, weights that cannot be
     fetched.
@@ -21,7 +25,12 @@ def build(model: Model, num_classes: int, pretrained: bool) -> nn.Module:
         near = difflib.get_close_matches(model.name, timm.list_models(), n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise BadInput(f"model.name: timm has no model {model.name!r}{hint}")
-    options = {"drop_path_rate": model.drop_path_rate} if model.drop_path_rate else {}
+    options: dict[str, object] = {}
+    if model.drop_path_rate:
+        options["drop_path_rate"] = model.drop_path_rate
+    config = timm.get_pretrained_cfg(model.name, allow_unregistered=True)
+    if image_size and config is not None and config.fixed_input_size:
+        options["img_size"] = image_size  # its positions are learnt for one size
     try:
         return timm.create_model(
             model.name,

@@ -5,13 +5,14 @@ import math
 import torch
 from torch import nn
 
+from lib.errors import BadInput
 from lib.loops.ema import Ema
 from lib.loops.overfit import OverfitResult
 from lib.loops.schedule import Plan
 from lib.models.weights import LoadReport
 from lib.params import Params
 from lib.run import Check
-from lib.tasks import Batch, Task
+from lib.tasks import TASKS, Batch, Task
 
 
 def initial_losses(result: OverfitResult, expected: dict[str, tuple[float, float]]) -> list[Check]:
@@ -118,6 +119,27 @@ def all_grouped(model: nn.Module, groups: list[dict]) -> Check:
         passed=not missing and not twice,
         advice=f"Not optimized: {', '.join(missing[:5])}" if missing else "",
     )
+
+
+def accepts_sizes(params: Params, num_classes: int) -> Check:
+    """The network takes every size of the run, in training and evaluation: shapes only, no memory.
+
+    Raises BadInput naming the size it does not take.
+    """
+    sizes = sorted({*params.train.image_sizes, params.data.image_size})
+    with torch.device("meta"):
+        model = TASKS[params.task].network(params, num_classes, pretrained=False)
+        for size in sizes:
+            try:
+                model(torch.empty(2, params.model.in_chans, size, size))
+            except (AssertionError, RuntimeError, ValueError) as error:
+                reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason"
+                raise BadInput(
+                    f"data.image_size / train.image_sizes: {params.model.name} does not take "
+                    f"{size} x {size} pixels ({reason}); choose a size it was made for"
+                ) from None
+    return Check("sizes", f"sizes that {params.model.name} takes", ", ".join(map(str, sizes)),
+                 "every size of the run", True)
 
 
 def planned_machine(params: Params) -> Check:

@@ -4,11 +4,13 @@ import torch
 
 from lib.datasets import FORMATS
 from lib.loops.schedule import Plan
+from lib.models import weights
 from lib.params import Params, resolve_path
 from lib.preflight.audit import census_checks
-from lib.preflight.contracts import plan_checks, planned_machine
+from lib.preflight.contracts import accepts_sizes, plan_checks, planned_machine
 from lib.run import Check, shown
 from lib.tasks import TASKS
+from lib.tasks.classify import head_width
 
 
 def check(params: Params) -> int:
@@ -17,7 +19,7 @@ def check(params: Params) -> int:
     Raises BadInput for what no run could start with.
     """
     num_train, num_classes, checks = _data(params)
-    checks.append(_network(params, num_classes))
+    checks += [_network(params, num_classes), accepts_sizes(params, num_classes)]
     if num_train:
         plan = Plan(params, num_train)
         lr = None if params.optim.lr == "auto" else params.effective_lr()
@@ -52,12 +54,19 @@ def _data(params: Params) -> tuple[int | None, int, list[Check]]:
     there = Check("data_there", "the data is there",
                   f"{len(train):,} training and {len(val):,} validation images of "
                   f"{len(train.class_names)} classes in {root}", "there", True)
-    return len(train), len(train.class_names), [there, *census_checks(census)]
+    return len(train), head_width(params, train.class_names), [there, *census_checks(census)]
 
 
 def _network(params: Params, num_classes: int) -> Check:
     with torch.device("meta"):  # shapes only, no memory
         model = TASKS[params.task].network(params, num_classes, pretrained=False)
+    if params.model.weights:  # BadInput for a file that is none
+        found = weights.read_state_dict(resolve_path(params.model.weights))
+        fitting = [name for name, own in model.state_dict().items()
+                   if name in found and found[name].shape == own.shape]
+        source = f", {len(fitting)} of {len(model.state_dict())} tensors in {params.model.weights}"
+    else:
+        source = ""
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     return Check("network", f"{params.model.name} for {num_classes} classes",
-                 f"{num_parameters / 1e6:,.2f} M parameters", "builds", num_parameters > 0)
+                 f"{num_parameters / 1e6:,.2f} M parameters{source}", "builds", num_parameters > 0)

@@ -25,6 +25,12 @@ from lib.watch import plots
 NUM_PICTURES = 32
 
 
+def spread(total: int, most: int | None) -> np.ndarray:
+    """Up to `most` positions spread evenly over `total`; None: all of them."""
+    count = total if most is None else min(most, total)
+    return np.linspace(0, total - 1, count).round().astype(np.int64)
+
+
 @dataclass(frozen=True)
 class Predictions:
     """What a network says of a split. N samples, K classes, up to five guesses each."""
@@ -46,6 +52,20 @@ class Predictions:
         return np.bincount(flat, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
+def head_width(params: Params, class_names: tuple[str, ...]) -> int:
+    """Outputs of the head; BadInput where a label would lie outside it."""
+    wanted, found = params.model.num_classes or len(class_names), len(class_names)
+    if found < 2:
+        raise BadInput(f"data: one class ({class_names[0]!r}) leaves nothing to tell apart")
+    if wanted < found:
+        raise BadInput(
+            f"model.num_classes is {wanted}, the data has {found} classes: label {wanted} "
+            f"({class_names[wanted]!r}) lies outside the head; set model.num_classes to null or "
+            f"{found}"
+        )
+    return wanted
+
+
 class Classify:
     """Any timm model on a data set of labelled images."""
 
@@ -58,29 +78,25 @@ class Classify:
         )
         self.class_names = self.train_data.class_names
         num_data_classes = len(self.class_names)
-        self.num_classes = params.model.num_classes or num_data_classes
-        if self.num_classes < num_data_classes:
-            last = self.class_names[self.num_classes]
-            raise BadInput(
-                f"model.num_classes is {self.num_classes}, the data has {num_data_classes} "
-                f"classes: label {self.num_classes} ({last!r}) lies outside the head; set "
-                f"model.num_classes to null or {num_data_classes}"
-            )
+        self.num_classes = head_width(params, self.class_names)
         self.guessing = {"loss": math.log(num_data_classes), "top1": 1 / num_data_classes}
         self.num_train, self.num_val = len(self.train_data), len(self.val_data)
         model = self.network(params, self.num_classes, params.model.pretrained)
         self.weights_report: weights.LoadReport | None = None
         if params.model.weights:
             self.weights_report = weights.load(model, resolve_path(params.model.weights))
-        memory_format = (
+        self._memory_format = (
             torch.channels_last if params.machine.channels_last else torch.contiguous_format
         )
-        self.model = model.to(device, memory_format=memory_format)
+        self.model = model.to(device, memory_format=self._memory_format)
+        self._moments = transforms.moments(params.data, device)
 
     @staticmethod
     def network(params: Params, num_classes: int, pretrained: bool) -> nn.Module:
         """The network alone; raises BadInput where the batch does not suit it."""
-        model = classifier.build(params.model, num_classes, pretrained)
+        model = classifier.build(
+            params.model, num_classes, pretrained, params.data.image_size
+        )
         micro_batch = params.train.batch_size // params.train.accumulate
         has_batch_norm = any(
             isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()
@@ -120,30 +136,33 @@ class Classify:
             if flip:
                 slot[:] = slot[:, ::-1].copy()
 
-        augment = data.augment
+        augment, batch_size = data.augment, self.params.train.batch_size
         for request, images in self._load(requests, fill):
             batch = self._batch(request, images, self.train_data.labels)
             if augment.color_jitter:
                 batch["jitter"] = transforms.jitter_factors(
-                    augment.color_jitter, seed, request.epoch, request.indices
+                    augment.color_jitter, seed, request.step, request.positions, batch_size
                 )
             if augment.mixup or augment.cutmix:
                 batch["mix"] = transforms.mix_plan(
-                    augment, seed, request.step, request.positions, request.image_size
+                    augment, seed, request.step, request.positions, batch_size, request.image_size
                 )
             yield batch
 
-    def eval_batches(self, split: str) -> Iterator[Batch]:
+    def eval_batches(self, split: str, most: int | None = None) -> Iterator[Batch]:
         dataset = self.train_data if split == "train" else self.val_data
+        chosen = spread(len(dataset), most)
         micro_batch = self.params.train.batch_size // self.params.train.accumulate
         yield from self._plain_batches(
-            dataset,
-            loader.eval_requests(len(dataset), micro_batch, self.params.data.image_size),
+            dataset, loader.eval_requests(chosen, micro_batch, self.params.data.image_size)
         )
+
+    def sample_names(self, indices: list[int]) -> list[str]:
+        return [str(self.train_data.paths[index]) for index in indices]
 
     def sample_batch(self, split: str, count: int) -> Batch:
         total = self.num_train if split == "train" else self.num_val
-        return self.pictures(split, np.linspace(0, total - 1, min(count, total)).astype(int))
+        return self.pictures(split, spread(total, count))
 
     def frozen_batches(self, num_batches: int, batch_size: int) -> list[Batch]:
         order = transforms.epoch_order(self.params.seed, 0, self.num_train)
@@ -192,13 +211,11 @@ class Classify:
         images = batch["images"]
         if "jitter" in batch:
             images = transforms.color_jitter(images.float(), batch.pop("jitter"))
-        images = transforms.normalize(images, self.params.data)
+        images = transforms.normalize(images, *self._moments)
         if "mix" in batch:
             images, batch["share"] = transforms.mix(images, batch.pop("mix"))
             batch["partner_labels"] = transforms.swap_pairs(batch["labels"])
-        if not self.params.machine.channels_last:
-            images = images.contiguous()
-        return batch | {"images": images}
+        return batch | {"images": images.contiguous(memory_format=self._memory_format)}
 
     # -- learning -------------------------------------------------------------------------------
 
@@ -213,10 +230,12 @@ class Classify:
     def expected_initial(self) -> dict[str, tuple[float, float]]:
         """ln K for K equally likely classes, with room for a head that starts unevenly.
 
-        Random logits of deviation s raise the mean cross-entropy by about s^2 / 2.
+        Random logits of deviation s raise the mean cross-entropy by about s^2 / 2. A network that
+        starts from weights may know the classes already, so nothing bounds it from below.
         """
         uniform = math.log(self.num_classes)
-        return {"loss": (0.9 * uniform, 1.1 * uniform + 0.5)}
+        starts_warm = self.params.model.pretrained or self.params.model.weights
+        return {"loss": (0.0 if starts_warm else 0.9 * uniform, 1.1 * uniform + 0.5)}
 
     # -- judging --------------------------------------------------------------------------------
 
@@ -260,9 +279,9 @@ class Classify:
         return Check(
             id="memorised",
             title="top-1 on the frozen training images",
-            value=metrics["top1"],
+            value=metrics.get("top1", math.nan),
             limit="= 1",
-            passed=metrics["top1"] == 1.0,
+            passed=metrics.get("top1") == 1.0,
             advice="The network cannot learn even these few images: look at the pictures and "
             "labels above, then at overfit.lr and overfit.steps.",
         )
@@ -279,7 +298,7 @@ class Classify:
         return batch
 
     def figure(self, batch: Batch) -> Figure:
-        pictures = transforms.denormalize(batch["images"][:NUM_PICTURES], self.params.data)
+        pictures = transforms.denormalize(batch["images"][:NUM_PICTURES], *self._moments)
         names = [self.class_names[label] for label in batch["labels"][:NUM_PICTURES].tolist()]
         if "share" in batch:
             partners = batch["partner_labels"].tolist()

@@ -27,7 +27,7 @@ def wilson_interval(hits: float, total: float, z: float = 1.96) -> tuple[float, 
 def analyse(task, model: nn.Module) -> Analysis:
     """Judge `model` on all of validation and as many training images under the same transform."""
     val = task.predict(model, task.eval_batches("val"))
-    train = task.predict(model, task.eval_batches("train"))
+    train = task.predict(model, task.eval_batches("train", most=task.num_val))
     metrics = {f"val/{name}": value for name, value in task.metrics(val).items()}
     metrics |= {f"train/{name}": value for name, value in task.metrics(train).items()}
     intervals = []
@@ -51,7 +51,7 @@ def _per_class(confusion: np.ndarray, class_names: tuple[str, ...]) -> View:
         total, hits = int(confusion[label].sum()), int(confusion[label, label])
         others = confusion[label].copy()
         others[label] = 0
-        taken_for = class_names[int(others.argmax())] if others.any() else "-"
+        taken_for = _name(int(others.argmax()), class_names)
         share = f"{others.max()} x {taken_for}" if others.any() else "-"
         rows.append((name, total, hits / max(1, total), *wilson_interval(hits, total), share))
     names, _, values, lows, highs, _ = zip(*rows, strict=True)

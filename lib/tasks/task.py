@@ -78,8 +78,12 @@ class Task(Protocol):
         """Augmented batches, in the order of the requests."""
         ...
 
-    def eval_batches(self, split: str) -> Iterator[Batch]:
-        """Every sample of "val" or "train" once, as validation sees it."""
+    def eval_batches(self, split: str, most: int | None = None) -> Iterator[Batch]:
+        """Every sample of "val" or "train" once, or `most` spread evenly, as validation sees it."""
+        ...
+
+    def sample_names(self, indices: list[int]) -> list[str]:
+        """The files of training samples."""
         ...
 
     def frozen_batches(self, num_batches: int, batch_size: int) -> list[Batch]:

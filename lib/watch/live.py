@@ -366,8 +366,8 @@ class Progress:
             logger.exception("the live view ended early")
 
     def _final_state(self, kind: type[BaseException] | None) -> str:
-        if kind is KeyboardInterrupt:
-            return "stopped: interrupted"
+        if kind is KeyboardInterrupt or self._status.state.startswith("stopped"):
+            return "stopped: interrupted" if kind is KeyboardInterrupt else self._status.state
         if kind is not None:
             return f"failed: {kind.__name__}"
         return "done" if self._status.state == "running" else self._status.state
