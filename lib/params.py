@@ -316,15 +316,6 @@ class Params(Section):
     """Copies of the records."""
 
     @model_validator(mode="after")
-    def _pairs_to_mix(self) -> "Params":
-        mixes = self.data.augment.mixup or self.data.augment.cutmix
-        if mixes and self.train.batch_size // self.train.accumulate % 2:
-            raise ValueError(
-                "mixup and cutmix mix pairs: train.batch_size / train.accumulate must be even"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _channels_agree(self) -> "Params":
         for name in ("mean", "std"):
             if len(getattr(self.data, name)) != self.model.in_chans:

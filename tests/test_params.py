@@ -399,7 +399,8 @@ def test_every_leaf_can_be_set_and_survives_the_round_trip_and_changes_the_diges
     after = load(write(tmp_path, "train: {epochs: 10}"), overrides)
     assert params_module.flatten(after)[key] == overrides[key] != default
     assert load(write(tmp_path, params_module.to_yaml(after))) == after
-    assert params_module.digest(after) != params_module.digest(before)
+    changeable = key.startswith(params_module.CHANGEABLE)  # a resume may bring a larger budget
+    assert (params_module.digest(after) == params_module.digest(before)) is changeable
     assert key in [changed for changed, _, _ in params_module.difference(before, after)]
 
 

@@ -52,8 +52,12 @@ def save(run: Run, step: int, model: nn.Module, ema: nn.Module | None, state: di
     for file in temporary.iterdir():
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
-    if final.exists():  # the same step saved again holds the same bytes
-        shutil.rmtree(temporary)
+    if final.exists():  # saved before its evaluation; killed in between, the older ones are left
+        old = run.checkpoints / f".step_{step}.old"
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+        temporary.rename(final)
+        shutil.rmtree(old)
     else:
         temporary.rename(final)
     point(run, "last", step)

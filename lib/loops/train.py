@@ -80,6 +80,7 @@ def train(task: Task, params: Params, run: Run, lr: float) -> str:
             "position": asdict(at), "top": top, "lr": lr, "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict(), "params_digest": params_module.digest(params),
         }
+        run.flush()  # a run killed from here on has the records of every step it resumes after
         checkpoint.save(run, at.step, model, ema.model if ema else None, state)
         if top:
             checkpoint.point(run, "best", top[0][1])

@@ -28,10 +28,10 @@ def build(
     options: dict[str, object] = {}
     if model.drop_path_rate:
         options["drop_path_rate"] = model.drop_path_rate
-    config = timm.get_pretrained_cfg(model.name, allow_unregistered=True)
-    if image_size and config is not None and config.fixed_input_size:
-        options["img_size"] = image_size  # its positions are learnt for one size
     try:
+        config = timm.get_pretrained_cfg(model.name, allow_unregistered=True)
+        if image_size and config is not None and config.fixed_input_size:
+            options["img_size"] = image_size  # its positions are learnt for one size
         return timm.create_model(
             model.name,
             pretrained=pretrained,

@@ -19,6 +19,14 @@ def census_checks(census: list[dict]) -> list[Check]:
             advice="Look at these files; what is no image belongs elsewhere.",
         ))
     counts = census[0]["per_class"]
+    checks.append(Check(
+        id="num_classes",
+        title="classes to tell apart",
+        value=len(counts),
+        limit=">= 2",
+        passed=len(counts) >= 2,
+        advice="With one class every answer is right and nothing is learnt: see data.classes.",
+    ))
     smallest, largest = min(counts, key=counts.get), max(counts, key=counts.get)
     ratio = counts[largest] / counts[smallest]
     checks.append(Check(

@@ -55,16 +55,18 @@ def rehearse(task: Task, params: Params, run: Run) -> Rehearsal:
 
     # Steps, at every size of the run.
     sizes = config.image_sizes or (params.data.image_size,)
-    part = plan.num_steps // len(sizes)
-    seconds, shapes, loss = [], [], math.nan
-    for place in range(len(sizes)):
+    starts = [-(-place * plan.num_steps // len(sizes)) for place in range(len(sizes) + 1)]
+    micro = config.batch_size // config.accumulate
+    seconds, shapes, asked, loss = [], [], [], math.nan
+    for first, end in itertools.pairwise(starts):
+        if first == end:
+            continue  # fewer steps than sizes
         timed = []
-        first = place * part
         requests = itertools.islice(
             plan.requests(first), (UNTIMED_STEPS + TIMED_STEPS) * config.accumulate
         )
         batches = task.train_batches(requests)
-        for step in range(min(UNTIMED_STEPS + TIMED_STEPS, plan.num_steps - first)):
+        for step in range(min(UNTIMED_STEPS + TIMED_STEPS, end - first)):
             started = time.perf_counter()
             for _ in range(config.accumulate):
                 batch = task.to_device(next(batches))
@@ -83,6 +85,8 @@ def rehearse(task: Task, params: Params, run: Run) -> Rehearsal:
         batches.close()
         seconds.append(statistics.median(timed[UNTIMED_STEPS:] or timed))
         shapes.append(tuple(batch["images"].shape))
+        size = plan.image_size(first)
+        asked.append((micro, params.model.in_chans, size, size))
 
     # Evaluation of what will be delivered.
     judged = evaluate(task, ema.model if ema else model, "val", most=NUM_EVAL_IMAGES)
@@ -103,8 +107,6 @@ def rehearse(task: Task, params: Params, run: Run) -> Rehearsal:
     optimizer.load_state_dict(saved.state["optimizer"])
     shutil.rmtree(scratch.path)
 
-    micro = config.batch_size // config.accumulate
-    asked = [(micro, params.model.in_chans, size, size) for size in sizes]
     checks = (
         Check("input_shape", "shape of a training micro-batch (B, C, H, W)",
               _shown(shapes), _shown(asked), shapes == asked,

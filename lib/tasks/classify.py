@@ -55,8 +55,6 @@ class Predictions:
 def head_width(params: Params, class_names: tuple[str, ...]) -> int:
     """Outputs of the head; BadInput where a label would lie outside it."""
     wanted, found = params.model.num_classes or len(class_names), len(class_names)
-    if found < 2:
-        raise BadInput(f"data: one class ({class_names[0]!r}) leaves nothing to tell apart")
     if wanted < found:
         raise BadInput(
             f"model.num_classes is {wanted}, the data has {found} classes: label {wanted} "

@@ -26,8 +26,6 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from lib.watch.diagnose import num_warmup
-
 WIDE, NARROW = 760, 350
 """Widths a figure is drawn at, CSS pixels: on a desk, and on a phone."""
 MAX_POINTS = 1500
@@ -593,6 +591,8 @@ def overfit_curve(records: Sequence[dict]) -> Figure:
 def speed(records: Sequence[dict]) -> Figure:
     """Images a second after warm-up, and below it the share of each step spent waiting."""
     rows = [row for row in _rows(records, "step", "train") if row.get("seconds", 0) > 0]
+    from lib.watch.diagnose import num_warmup
+
     rows = rows[num_warmup(len(rows)):]
     if not rows:
         return _nothing("Speed", "no training step recorded")

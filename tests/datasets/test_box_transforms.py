@@ -262,6 +262,15 @@ def test_iou_crop_reaches_the_drawn_overlap(monkeypatch):
         assert sides.prod() / (0.36 + area - sides.prod()) >= 0.7
 
 
+def test_after_a_crop_only_boxes_with_their_centre_inside_are_kept(dataset, monkeypatch):
+    cx, cy, w, h = dataset.targets(0)[0][0].tolist()
+    for share, kept in ((0.4, 0), (0.6, 1)):  # of the box's width inside
+        crop = (0.0, 0.0, cx - w / 2 + share * w, 1.0)
+        monkeypatch.setattr(bt, "iou_crop", lambda *arguments, crop=crop: crop)
+        sample = bt.plan(dataset, 0, (64, 64), False, BoxAugment(iou_crop=1.0), crop_rng(0, 0, 0))
+        assert len(sample.boxes) == len(sample.labels) == kept
+
+
 def test_zoom_is_about_the_middle():
     whole = View(1, 1, 0, 0)
     assert whole.zoomed(0.5, (0.5, 0.5)) == View(0.5, 0.5, 0.25, 0.25)

@@ -151,7 +151,7 @@ def test_batches_have_the_progressive_sizes(tmp_path, tiny_params):
 
 @pytest.mark.parametrize("num_samples", [8, 9, 7, 1])
 def test_evaluation_takes_every_sample_once_in_order(num_samples):
-    found = list(loader.eval_requests(num_samples, 4, 8))
+    found = list(loader.eval_requests(np.arange(num_samples), 4, 8))
     assert np.concatenate([r.indices for r in found]).tolist() == list(range(num_samples))
     assert all(len(r.indices) == 4 for r in found[:-1]) and 1 <= len(found[-1].indices) <= 4
 

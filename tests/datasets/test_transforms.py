@@ -235,12 +235,14 @@ ALL_VALUES = torch.arange(256, dtype=torch.uint8).repeat(3).view(1, 3, 16, 16)
 def test_normalize_is_torchvisions():
     data = Data()
     theirs = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(data.mean, data.std)])
-    torch.testing.assert_close(transforms.normalize(ALL_VALUES, data), theirs(ALL_VALUES))
+    torch.testing.assert_close(transforms.normalize(ALL_VALUES, *transforms.moments(data, CPU)),
+                               theirs(ALL_VALUES))
 
 
 @pytest.mark.parametrize("data", [Data(), Data(mean=(0.5, 0, 1), std=(0.5, 1, 0.01))])
 def test_denormalize_gives_back_every_value(data):
-    pictures = transforms.denormalize(transforms.normalize(ALL_VALUES, data), data)
+    moments = transforms.moments(data, CPU)
+    pictures = transforms.denormalize(transforms.normalize(ALL_VALUES, *moments), *moments)
     assert np.array_equal(pictures, ALL_VALUES.permute(0, 2, 3, 1).numpy())
 
 
@@ -253,7 +255,7 @@ MIXES = {"mixup": Augment(mixup=0.4), "cutmix": Augment(cutmix=1.0),
 @pytest.mark.parametrize("kind", MIXES)
 def test_shares_say_how_much_of_each_picture_is_there(kind):
     """Sample i is everywhere i, so each mixed pixel tells what it is made of."""
-    plan = transforms.mix_plan(MIXES[kind], 0, 3, range(64), 24)
+    plan = transforms.mix_plan(MIXES[kind], 0, 3, range(64), 64, 24)
     images = torch.arange(64.0).view(-1, 1, 1, 1).expand(-1, 3, 24, 24)
     mixed, shares = transforms.mix(images, plan)
     partners = torch.arange(64).view(-1, 2).flip(1).flatten()
@@ -275,7 +277,7 @@ def test_shares_say_how_much_of_each_picture_is_there(kind):
 
 @pytest.mark.parametrize("kind, alpha", [("mixup", 0.2), ("mixup", 1.0), ("cutmix", 1.0)])
 def test_shares_follow_the_beta_distribution_of_the_params(kind, alpha):
-    plan = transforms.mix_plan(Augment(**{kind: alpha}), 0, 0, range(4000), 1000)
+    plan = transforms.mix_plan(Augment(**{kind: alpha}), 0, 0, range(4000), 4000, 1000)
     _, left, top, right, bottom = plan.T.numpy().astype(float)
     share = plan[:, 0].numpy() if kind == "mixup" else 1 - (right - left) * (bottom - top) / 1e6
     assert np.array_equal(share[::2], share[1::2])  # one draw a pair
@@ -285,7 +287,7 @@ def test_shares_follow_the_beta_distribution_of_the_params(kind, alpha):
 def test_without_mixing_nothing_changes_and_an_unpaired_last_sample_stays_whole():
     images = torch.rand(5, 3, 8, 8)
     mixed, shares = transforms.mix(images, transforms.mix_plan(Augment(mixup=1.0), 0, 0, range(5),
-                                                               8))
+                                                               5, 8))
     torch.testing.assert_close(mixed[4], images[4])
     assert shares[4] == 1 and (shares[:4] < 1).all()
 
@@ -332,10 +334,10 @@ def mixed_step(tmp_path, tiny_params, kind: str, accumulate: int) -> dict[str, t
 
 
 def test_every_step_and_pair_is_mixed_differently():
-    first, second = (transforms.mix_plan(Augment(mixup=1.0), 0, step, range(8), 8)[::2, 0]
+    first, second = (transforms.mix_plan(Augment(mixup=1.0), 0, step, range(8), 8, 8)[::2, 0]
                      for step in (0, 1))
     assert len({*first.tolist(), *second.tolist()}) == 8
-    other_seed = transforms.mix_plan(Augment(mixup=1.0), 1, 0, range(8), 8)[::2, 0]
+    other_seed = transforms.mix_plan(Augment(mixup=1.0), 1, 0, range(8), 8, 8)[::2, 0]
     assert not set(other_seed.tolist()) & set(first.tolist())
 
 
@@ -364,10 +366,11 @@ def test_brightness_scales_contrast_spreads_saturation_colours():
     assert jittered(9, 1, 1).max() == 255 and jittered(1, 9, 1).min() == 0
 
 
-def test_each_sample_has_its_own_factors_whatever_batch_it_is_in():
-    factors = transforms.jitter_factors(0.4, 0, 2, np.arange(2000))
-    assert torch.equal(factors[100:104], transforms.jitter_factors(0.4, 0, 2, np.arange(100, 104)))
-    assert not torch.equal(factors[:4], transforms.jitter_factors(0.4, 0, 3, np.arange(4)))
+def test_each_sample_has_its_own_factors_whatever_part_of_the_batch_it_is_in():
+    factors = transforms.jitter_factors(0.4, 0, 2, range(2000), 2000)
+    part = transforms.jitter_factors(0.4, 0, 2, range(100, 104), 2000)
+    assert torch.equal(factors[100:104], part)
+    assert not torch.equal(factors, transforms.jitter_factors(0.4, 0, 3, range(2000), 2000))
     assert len(factors.unique()) > 5990
     for column in factors.T:
         assert stats.kstest(column.numpy(), stats.uniform(0.6, 0.8).cdf).pvalue > 0.01

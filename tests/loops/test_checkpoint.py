@@ -63,6 +63,14 @@ def test_weights_are_in_plain_memory_order_whatever_the_network_uses(run):
     assert found.is_contiguous() and torch.equal(found, torch.arange(108.0).view(4, 3, 3, 3))
 
 
+def test_the_same_step_saved_again_holds_what_is_newer(run):
+    """After its evaluation: else the run would evaluate there again at each resume."""
+    save(run, 3)
+    checkpoint.save(run, 3, network(3), network(3.5), state(3) | {"top": [(0.9, 3)]})
+    assert checkpoint.load(run, "last").state["top"] == [(0.9, 3)]
+    assert {path.name for path in run.checkpoints.iterdir()} == {"step_3", "last"}
+
+
 def test_nothing_there_is_none(run):
     assert checkpoint.load(run, "last") is None and checkpoint.load(run, "step_9") is None
 

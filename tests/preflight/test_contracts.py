@@ -206,9 +206,9 @@ def census(dropped: dict, per_class: dict) -> list[dict]:
 
 
 def test_files_left_out_are_counted_with_their_reasons():
-    clean, _ = census_checks(census({}, {"a": 5, "b": 5}))
+    clean, *_ = census_checks(census({}, {"a": 5, "b": 5}))
     assert clean.passed
-    check, _ = census_checks(census({"empty file": 2, "hidden file": 1}, {"a": 5, "b": 5}))
+    check, *_ = census_checks(census({"empty file": 2, "hidden file": 1}, {"a": 5, "b": 5}))
     assert not check.passed and check.severity == "warning"
     assert "3 of 100" in check.value and "2 empty file" in check.value
 
@@ -217,3 +217,9 @@ def test_files_left_out_are_counted_with_their_reasons():
 def test_uneven_classes_are_named(largest, passed):
     *_, check = census_checks(census({}, {"many": largest, "few": 5, "some": 50}))
     assert check.passed is passed and "'many'" in check.value and "'few'" in check.value
+
+
+@pytest.mark.parametrize("per_class, passed", [({"a": 5}, False), ({"a": 5, "b": 5}, True)])
+def test_one_class_leaves_nothing_to_tell_apart(per_class, passed):
+    (check,) = [c for c in census_checks(census({}, per_class)) if c.id == "num_classes"]
+    assert check.passed is passed and check.severity == "error"
