@@ -344,7 +344,8 @@ def ema_decays(params: Params, world: World) -> list[float]:
 def analysis_checks(params: Params, world: World) -> list[str]:
     metrics = {f"{split}/{name}": 0.5 for split in ("val", "train")
                for name in ("loss", "top1", "top1_relabelled")}
-    found = diagnose.analysis_checks(params, "val/top1", metrics, {"loss": 1.0, "top1": 0.1}, None, 1.0)
+    guessing = {"loss": 1.0, "top1": 0.1}
+    found = diagnose.analysis_checks(params, "val/top1", metrics, guessing, None, 1.0)
     return [(check.id, check.limit) for check in found]
 
 

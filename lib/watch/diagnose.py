@@ -72,7 +72,8 @@ def _completed(events: list[dict]) -> Check | None:
         "completed", "how the training ended",
         f"{reason} at step {ended['step'] if ended else '?'} of {planned['steps']}",
         "finished, target or patience", reason in ("finished", "target", "patience"),
-        advice="Run the same command again: it continues from the last checkpoint.",
+        advice="The check of finite numbers says what to do." if reason == "non-finite" else
+        "Run the same command again: it continues from the last checkpoint.",
     )
 
 
