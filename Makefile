@@ -42,7 +42,7 @@ lint: $(INSTALLED)  ## ruff over code, tests and notebooks
 	$(BIN)/ruff check .
 
 lab: $(INSTALLED)  ## JupyterLab on this machine only, with the right kernel
-	$(BIN)/jupyter lab --ip=127.0.0.1
+	$(BIN)/shakedown lab
 
 clean:  ## remove .venv, caches and the demo's run; your own runs in outputs/ stay
 	rm -rf $(VENV) $(DEMO) build dist *.egg-info .pytest_cache .ruff_cache

@@ -291,3 +291,10 @@ def test_slow_pictures_are_found_by_the_waiting(tmp_path, tiny_params, slow):
         "train.steps": 12, "train.batch_size": 16, "train.image_sizes": [32] if slow else [64]})
     check = real_run(params, tmp_path / "run", spoil)["data_keeps_up"]
     assert check.passed is not slow, check.value
+
+
+def test_a_network_that_is_only_too_sure_of_itself_is_not_told_that_labels_disagree():
+    """Two classes, 78 % right, loss above guessing by a few very confident mistakes."""
+    sound = diagnose.disagreement(0.05, 0.9, math.log(2), 0.78, 0.78, 0.5)
+    swapped = diagnose.disagreement(0.05, 3.0, math.log(2), 0.02, 0.98, 0.5)
+    assert sound.passed and not swapped.passed

@@ -360,3 +360,12 @@ def test_tables_sort_by_a_click(executed, tmp_path):
          "--disable-background-networking", f"--user-data-dir={tmp_path / 'profile'}",
          "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120)
     assert "<title>up 1,7,12,345 down 12,345,7,1</title>" in done.stdout
+
+
+def test_a_neighbour_of_another_version_does_not_spoil_the_list_of_runs(passed_run):
+    """A run folder whose params this version does not know is passed over, not an error."""
+    other = passed_run.path.parent / "from_another_version"
+    other.mkdir()
+    (other / "params.yaml").write_text("task: classify\nno_such_key: 1\n")
+    page = report.render_all(passed_run.path.parent).read_text()
+    assert passed_run.name in page and "from_another_version" not in page
