@@ -41,7 +41,7 @@ class Position:
     ended: str = ""
     """Why the run is over: "finished", "target", "patience", "non-finite"; empty: it goes on."""
 
-    def judge(self, score: float, config: Train) -> None:
+    def judge(self, score: float, config: Train, last: bool) -> None:
         """Take in the headline metric of this step; end the run where the params say so."""
         self.last_eval = self.step
         self.evals_since_best += 1
@@ -49,6 +49,8 @@ class Position:
             self.best, self.best_step, self.evals_since_best = score, self.step, 0
         if config.stop_at_target and score >= config.target:
             self.ended = "target"
+        elif last:
+            self.ended = "finished"
         elif config.patience_evals and self.evals_since_best >= config.patience_evals:
             self.ended = "patience"
 
@@ -87,25 +89,10 @@ def train(task: Task, params: Params, run: Run, lr: float) -> str:
         checkpoint.prune(run, {step for _, step in top})
         run.record("event", event="saved", step=at.step)
 
-    # 2. Resume: weights, average, optimizer, scaler and counters; order and augmentation are
-    #    functions of the step, so there is no generator to restore.
-    saved, damaged = checkpoint.load_newest(run)
-    if saved:
-        if saved.state["params_digest"] != params_module.digest(params):
-            raise BadInput(f"{run.checkpoints}: saved by a run with other params; choose --name")
-        model.load_state_dict(saved.model)
-        if ema:
-            ema.model.load_state_dict(saved.ema)
-        optimizer.load_state_dict(saved.state["optimizer"])
-        scaler.load_state_dict(saved.state["scaler"])
-        at, top = Position(**saved.state["position"]), [tuple(x) for x in saved.state["top"]]
-        lr = saved.state["lr"]
-        if top:
-            checkpoint.point(run, "best", top[0][1])
-        run.rewind_records("train", at.step)
-        run.record("event", event="resumed", step=at.step, damaged=damaged)
-    else:
-        run.rewind_records("train", step=0)  # an earlier try that saved nothing
+    # 2. Resume; order and augmentation are functions of the step: no generator to restore.
+    if state := _restore(run, params, model, ema, optimizer, scaler):
+        at, top = Position(**state["position"]), [tuple(entry) for entry in state["top"]]
+        lr = state["lr"]
     run.record("event", event="train planned", steps=plan.num_steps, epochs=plan.num_epochs,
                evals=plan.num_evals, lr=lr, guessing=task.guessing)
 
@@ -116,17 +103,13 @@ def train(task: Task, params: Params, run: Run, lr: float) -> str:
             started = time.perf_counter()
             last = at.step == plan.num_steps
             evaluates = at.step > at.last_eval and (last or at.step % plan.eval_steps == 0)
-
             if evaluates:  # what will be delivered; best follows every evaluation
                 metrics = _evaluate(task, model, ema, stop)
                 if metrics:  # else asked to stop meanwhile: the resumed run evaluates first
                     run.record("eval", step=at.step, **metrics)
                     score = metrics[task.headline]
-                    at.judge(score, config)
+                    at.judge(score, config, last)
                     top = sorted([*top, (score, at.step)], key=_best_first)[: config.keep_best]
-                    if last:
-                        at.ended = "finished"
-
             else:
                 # Gradient of the global batch, one micro-batch after another.
                 torch.manual_seed(step_seed(params.seed, at.step))
@@ -152,8 +135,7 @@ def train(task: Task, params: Params, run: Run, lr: float) -> str:
 
                 # Norm and clip; the one copy from the device a step. Stop before a bad update.
                 scaler.unscale_(optimizer)
-                max_norm = params.optim.clip_norm or math.inf
-                norm = torch.nn.utils.clip_grad_norm_(weights, max_norm, foreach=True)
+                norm = torch.nn.utils.clip_grad_norm_(weights, params.optim.clip_norm or math.inf)
                 *terms, grad_norm = torch.stack([*totals.values(), norm]).tolist()
                 values = dict(zip(totals, terms, strict=True))
                 bad = [term for term, value in values.items() if not math.isfinite(value)]
@@ -186,8 +168,8 @@ def train(task: Task, params: Params, run: Run, lr: float) -> str:
             # Save; stop where something asks for it.
             at.seconds = time.perf_counter() - began
             stopping = stop.requested or _over_budget(params, at.seconds)
-            due = config.save_every_steps and at.step % config.save_every_steps == 0
-            if at.step and (evaluates or due or stopping):
+            every = config.save_every_steps
+            if evaluates or stopping or (every and at.step % every == 0):
                 save()
             if stopping and not at.ended:
                 run.record("event", event="stopped", step=at.step, reason=stopping)
@@ -197,6 +179,34 @@ def train(task: Task, params: Params, run: Run, lr: float) -> str:
     run.record("event", event="train ended", step=at.step, reason=at.ended,
                best=at.best, best_step=at.best_step, seconds=at.seconds)
     return at.ended
+
+
+def _restore(
+    run: Run, params: Params, model: nn.Module, ema: Ema | None,
+    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+) -> dict | None:
+    """Put the newest whole checkpoint in place and take the records back to it; None: none there.
+
+    Returns the loop's own part of it. Raises BadInput for a checkpoint of other params.
+    """
+    saved, damaged = checkpoint.load_newest(run)
+    if saved is None:
+        run.rewind_records("train", step=0)  # an earlier try that saved nothing
+        return None
+    state = saved.state
+    if state["params_digest"] != params_module.digest(params):
+        raise BadInput(f"{run.checkpoints}: saved by a run with other params; choose --name")
+    model.load_state_dict(saved.model)
+    if ema:
+        ema.model.load_state_dict(saved.ema)
+    optimizer.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
+    if state["top"]:  # a kill between the two links may have left `best` behind
+        checkpoint.point(run, "best", state["top"][0][1])
+    step = state["position"]["step"]
+    run.rewind_records("train", step)
+    run.record("event", event="resumed", step=step, damaged=damaged)
+    return state
 
 
 def _evaluate(
