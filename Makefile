@@ -36,7 +36,7 @@ retest:  ## the fast tests again, changed or not
 test-slow: $(INSTALLED)  ## the tests marked slow
 	@$(PYTEST) -m "slow and not gpu" --collect-only -qq >/dev/null; code=$$?; \
 	if [ $$code -eq 5 ]; then echo "No test is marked slow."; \
-	else $(PYTEST) -n $(WORKERS) -m "slow and not gpu"; fi
+	else $(PYTEST) -n $(WORKERS) --dist worksteal -m "slow and not gpu"; fi
 
 lint: $(INSTALLED)  ## ruff over code, tests and notebooks
 	$(BIN)/ruff check .
@@ -97,7 +97,7 @@ endif
 $(TESTED): $(INSTALLED) $(TEST_FILES)
 	@rm -f $@; touch $(VENV)/.testing
 	$(BIN)/ruff check .
-	$(PYTEST) -n $(WORKERS) -m "not slow and not gpu"
+	$(PYTEST) -n $(WORKERS) --dist worksteal -m "not slow and not gpu"
 	@echo "$(TEST_FILES)" > $@; touch -r $(VENV)/.testing $@
 	$(eval JUST_TESTED := yes)
 
