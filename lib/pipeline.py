@@ -99,7 +99,9 @@ def _run_stage(run: Run, stage: str) -> tuple[int, str]:
     execution.start()
     stopped = execution.wait()
     verdict = run.verdict(stage)
-    if verdict is not None and verdict.passed and not stopped:
+    if verdict is not None and verdict.passed:
+        if stopped:  # the signal came as the stage ended: nothing is lost, and nothing goes on
+            return Interrupted.exit_code, f"{stage}: passed, then stopped; run it again to go on"
         return 0, ""
     if verdict is not None and not verdict.passed:
         try:

@@ -15,8 +15,10 @@ import psutil
 import pytest
 import yaml
 
+from lib import params as params_module
+from lib import pipeline
 from lib.params import ROOT
-from lib.run import STAGES, Run, read_records
+from lib.run import STAGES, Check, Run, read_records
 from tests.conftest import TINY, shared_folder
 
 SHAKEDOWN = [sys.executable, "-m", "lib.cli"]
@@ -204,6 +206,30 @@ def test_sigterm_saves_exits_5_and_the_same_command_continues(tmp_path, digits):
     assert [row["step"] for row in rows if row.get("event") == "resumed"] == [stopped_at]
     steps = [row["step"] for row in rows if row["kind"] == "step"]
     assert steps == list(range(1, 22 * 30 + 1))
+
+
+def test_a_signal_that_comes_as_a_stage_passes_stops_after_it(tmp_path, digits, monkeypatch):
+    """Exit 5 with the verdict kept: not 1, and not on with the next stage."""
+    params = params_module.load(write_params(tmp_path, digits))
+    started = []
+
+    class PassesWhileAsked:
+        error = None
+
+        def __init__(self, run, stage):
+            self.run, self.stage = run, stage
+
+        def start(self):
+            started.append(self.stage)
+            self.run.start(self.stage)
+            self.run.write_verdict(self.stage, [Check("all", "all", 1, "1", True)])
+
+        def wait(self):
+            return True
+
+    monkeypatch.setattr(pipeline, "_Execution", PassesWhileAsked)
+    assert pipeline.run_pipeline(params, tmp_path / "run") == 5
+    assert started == ["setup"] and Run(tmp_path / "run").verdict("setup").passed
 
 
 def test_a_killed_kernel_is_a_failure_whatever_papermill_says(tmp_path, digits):
