@@ -29,6 +29,14 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+Pixels = Annotated[int, Field(ge=8)]
+Size = Pixels | tuple[Pixels, Pixels]
+"""Side of a square, or [height, width]."""
+
+
+def as_pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """A Size as (height, width)."""
+    return (size, size) if isinstance(size, int) else size
 
 
 class Section(BaseModel):
@@ -43,11 +51,11 @@ class Model(Section):
     """The network."""
 
     name: str = "resnet50"
-    """Any timm model name."""
+    """classify: any timm model; detect: rtdetr_{tiny,r18,r34,r50,r101} or yolo_{n,s,m,l,x}."""
     pretrained: bool = False
-    """Start from timm's published weights (needs the network once)."""
+    """Start from timm's published weights (needs the network once); detect: the backbone does."""
     weights: str | None = None
-    """File to start from instead (.safetensors or .pth); relative to the project."""
+    """Start from this file (.safetensors, .pth) or outputs/RUN/checkpoints/best instead."""
     num_classes: Count | None = None
     """Width of the head; null: as many as the data has."""
     in_chans: Count = 3
@@ -75,11 +83,48 @@ class Augment(Section):
     """Alpha of cutmix's Beta distribution (Yun et al. 2019); 0 is off."""
 
 
+class BoxAugment(Section):
+    """Training-time augmentation of pictures with boxes. The defaults change nothing."""
+
+    hflip: Fraction = 0.0
+    """Probability of a horizontal flip."""
+    zoom_out: Fraction = 0.0
+    """Probability of placing the picture on a larger grey canvas (SSD, RT-DETR)."""
+    max_zoom_out: Annotated[float, Field(ge=1)] = 4.0
+    """Largest side of that canvas, in sides of the picture."""
+    iou_crop: Fraction = 0.0
+    """Probability of a crop that keeps a box by a minimum IoU (SSD, RT-DETR)."""
+    scale: tuple[Positive, Positive] = (1.0, 1.0)
+    """Range of the zoom about the centre."""
+    translate: Fraction = 0.0
+    """Largest shift, a share of the network's input."""
+    mosaic: Fraction = 0.0
+    """Probability of joining four pictures around a random point."""
+    mixup: Fraction = 0.0
+    """Probability of blending in a second sample, boxes and all."""
+    plain_epochs: NonNegative = 0.0
+    """The last epochs of the run go without mosaic and mixup."""
+    multi_scale: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Each step's input is scaled by up to this share, in whole strides of 32 pixels."""
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Largest turn of the colour circle, a share of it."""
+    saturation: NonNegative = 0.0
+    """Saturation changes by up to this factor."""
+    brightness: NonNegative = 0.0
+    """Brightness changes by up to this factor."""
+    contrast: NonNegative = 0.0
+    """Contrast changes by up to this factor."""
+
+    @property
+    def changes_colour(self) -> bool:
+        return any((self.hue, self.saturation, self.brightness, self.contrast))
+
+
 class Data(Section):
     """Where the images are and how they become tensors."""
 
-    format: Literal["demo", "folder"] = "demo"
-    """demo: scikit-learn's handwritten digits; folder: ROOT/SPLIT/CLASS/IMAGE."""
+    format: Literal["demo", "folder", "scenes", "scenes_yolo", "coco", "yolo"] = "demo"
+    """classify: demo or folder (ROOT/SPLIT/CLASS/IMAGE); detect: coco, yolo, or demo scenes."""
     root: str = "data/digits"
     """Folder of the data set; relative to the project."""
     train: str = "train"
@@ -92,8 +137,12 @@ class Data(Section):
     """Training images the census must find; lets `check` plan before the data is there."""
     num_val_images: Count | None = None
     """Validation images the census must find."""
-    image_size: Annotated[int, Field(ge=8)] = 224
-    """Side of the square the network sees, pixels."""
+    image_size: Size = 224
+    """What the network sees, pixels: the side of a square, or [height, width]."""
+    letterbox: bool = False
+    """Keep the picture's aspect ratio on a grey ground; false stretches it to image_size."""
+    single_class: bool = False
+    """Make every class one, named "object"."""
     val_crop: Annotated[float, Field(gt=0, le=1)] = 0.875
     """Share of the resized image kept by the centre crop in validation."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
@@ -103,9 +152,16 @@ class Data(Section):
     std: tuple[Positive, ...] = (0.229, 0.224, 0.225)
     """Channel standard deviations divided by, of values in [0, 1]."""
     augment: Augment = Augment()
-    """Training-time augmentation."""
+    """Training-time augmentation of classify."""
+    boxes: BoxAugment = BoxAugment()
+    """Training-time augmentation of detect."""
     num_workers: Annotated[int, Field(ge=0)] = 4
     """Decoding threads; 0 decodes in the training thread. The batches are the same."""
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """image_size as (height, width)."""
+        return as_pair(self.image_size)
 
 
 class Optim(Section):
@@ -119,6 +175,8 @@ class Optim(Section):
     """Global batch the LR is quoted at; null: use the LR as it stands."""
     lr_rule: Literal["linear", "sqrt"] = "linear"
     """How the LR scales from lr_batch_size to train.batch_size (Goyal et al. 2017)."""
+    backbone_lr: Positive = 1.0
+    """Share of the LR that a detector's backbone trains with."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """SGD's momentum, AdamW's beta1."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
@@ -137,6 +195,8 @@ class Optim(Section):
     """Epochs from warmup_start x LR up to LR."""
     warmup_start: Annotated[float, Field(gt=0, le=1)] = 0.04
     """Share of the peak LR that warm-up (and one_cycle) starts from."""
+    flat: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the run, warm-up included, that cosine stays at its peak (flat-cosine)."""
     final_lr: Fraction = 0.0
     """Share of the peak LR at the last step of cosine and one_cycle."""
     milestones_epochs: tuple[Positive, ...] = ()
@@ -169,7 +229,7 @@ class Train(Section):
     """Autocast precision of forward and loss; weights stay fp32."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the target spread over all classes (Szegedy et al. 2016)."""
-    image_sizes: tuple[Annotated[int, Field(ge=8)], ...] = ()
+    image_sizes: tuple[Size, ...] = ()
     """Progressive resize: training sizes of equal parts of the run; empty: image_size."""
     ema: Ema = Ema()
     """Moving average that is evaluated and delivered."""
@@ -180,7 +240,7 @@ class Train(Section):
     keep_best: Count = 1
     """Checkpoints of the best evaluations that are kept."""
     target: Fraction | None = None
-    """Headline validation metric the run must reach to pass (top-1 for classify)."""
+    """Headline validation metric the run must reach to pass (top-1; detect.headline)."""
     stop_at_target: bool = False
     """End the run as soon as the target is reached."""
     patience_evals: Count | None = None
@@ -210,6 +270,21 @@ class Train(Section):
                 "equal micro-batches"
             )
         return self
+
+
+class Detect(Section):
+    """What only detection has."""
+
+    headline: Literal["mAP", "mAP50"] = "mAP"
+    """The metric that best, target and patience follow: COCO's AP, or AP at IoU 0.5."""
+    freeze_norms: bool = False
+    """Keep stem and batch norms of RT-DETR's pretrained backbone fixed, as published for R50."""
+    box_gain: NonNegative = 7.5
+    """Weight of the one-stage detector's box term (CIoU). RT-DETR's weights are the paper's."""
+    cls_gain: NonNegative = 0.5
+    """Weight of the one-stage detector's class term."""
+    dfl_gain: NonNegative = 1.5
+    """Weight of the one-stage detector's distribution focal term."""
 
 
 class Overfit(Section):
@@ -289,10 +364,24 @@ class Logging(Section):
     """W&B project."""
 
 
+FORMATS_OF_TASK = {
+    "classify": ("demo", "folder"),
+    "detect": ("scenes", "scenes_yolo", "coco", "yolo"),
+}
+KEYS_OF_TASK = {
+    "classify": (
+        "model.drop_rate", "model.drop_path_rate", "data.val_crop", "data.augment",
+        "train.label_smoothing",
+    ),
+    "detect": ("data.letterbox", "data.single_class", "data.boxes", "optim.backbone_lr", "detect"),
+}
+"""Keys and sections that one task alone reads; in a run of another they would change nothing."""
+
+
 class Params(Section):
     """One whole run."""
 
-    task: Literal["classify"] = "classify"
+    task: Literal["classify", "detect"] = "classify"
     """What is learnt."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the weights, the data order and every augmentation."""
@@ -304,6 +393,8 @@ class Params(Section):
     """Optimizer and learning-rate schedule."""
     train: Train = Train(epochs=10)
     """The long run."""
+    detect: Detect = Detect()
+    """What only detection has."""
     overfit: Overfit = Overfit()
     """Gate 2."""
     lr_finder: LrFinder = LrFinder()
@@ -323,6 +414,31 @@ class Params(Section):
                     f"data.{name} has {len(getattr(self.data, name))} values, "
                     f"model.in_chans is {self.model.in_chans}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _task_fits(self) -> "Params":
+        if self.data.format not in FORMATS_OF_TASK[self.task]:
+            raise ValueError(
+                f"task {self.task} cannot learn from data.format {self.data.format!r}; "
+                f"it reads {', '.join(FORMATS_OF_TASK[self.task])}"
+            )
+        if self.detect.freeze_norms and not (self.model.pretrained or self.model.weights):
+            raise ValueError(
+                "detect.freeze_norms would freeze random weights; set model.pretrained or "
+                "model.weights"
+            )
+        default = Params.model_construct()
+        for task, keys in KEYS_OF_TASK.items():
+            for key in keys if task != self.task else ():
+                value, untouched = self, default
+                for name in key.split("."):
+                    value, untouched = getattr(value, name), getattr(untouched, name)
+                if value != untouched:
+                    raise ValueError(
+                        f"{key} is set, and only task {task} reads it (task is {self.task}); "
+                        "remove it"
+                    )
         return self
 
     def effective_lr(self, suggestion: float | None = None) -> float:

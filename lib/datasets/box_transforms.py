@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lib.datasets import pictures
 from lib.datasets.detection import DetectionDataset
+from lib.params import BoxAugment
 
 SIZE, COLOUR = 16, 17  # families of random numbers, beside those of `transforms`
 FILL = 114  # grey of what no picture covers
@@ -27,36 +28,6 @@ MIXUP_ALPHA = 32.0  # of mixup's Beta distribution: close to half and half
 
 Corners = tuple[float, float, float, float]
 """left, top, right, bottom."""
-
-
-@dataclass(frozen=True)
-class BoxAugment:
-    """Training-time augmentation of pictures with boxes. The defaults change nothing."""
-
-    hflip: float = 0.0
-    """Probability of a horizontal flip."""
-    zoom_out: float = 0.0
-    """Probability of placing the picture on a larger grey canvas (SSD, RT-DETR)."""
-    max_zoom_out: float = 4.0
-    """Largest side of that canvas, in sides of the picture."""
-    iou_crop: float = 0.0
-    """Probability of a crop that keeps a box by a minimum IoU (SSD, RT-DETR)."""
-    scale: tuple[float, float] = (1.0, 1.0)
-    """Range of the zoom about the centre."""
-    translate: float = 0.0
-    """Largest shift, a share of the network's input."""
-    mosaic: float = 0.0
-    """Probability of joining four pictures around a random point."""
-    mixup: float = 0.0
-    """Probability of blending in a second sample, boxes and all."""
-    hue: float = 0.0
-    """Largest turn of the colour circle, a share of it."""
-    saturation: float = 0.0
-    """Saturation changes by up to this factor."""
-    brightness: float = 0.0
-    """Brightness changes by up to this factor."""
-    contrast: float = 0.0
-    """Contrast changes by up to this factor."""
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,7 @@ POLYGONS = re.compile(rb'"segmentation"\s*:\s*\[[][0-9.,eE+\-\s]*\]')
 """A list of lists of numbers, up to its last bracket."""
 
 
-def open_splits(
-    data: Data, num_channels: int, single_class: bool = False
-) -> tuple[DetectionDataset, DetectionDataset]:
+def open_splits(data: Data, num_channels: int) -> tuple[DetectionDataset, DetectionDataset]:
     """The training and validation split, with one list of categories. Raises BadInput."""
     check_channels(num_channels)
     root = resolve_path(data.root)
@@ -42,7 +40,7 @@ def open_splits(
     if categories[0] != categories[1]:
         raise BadInput(_categories_differ(root, data, *categories))
     train, val = (
-        DetectionDataset(listing, data, num_channels, single_class) for listing in listings
+        DetectionDataset(listing, data, num_channels) for listing in listings
     )
     check_splits(train, val, data)
     return train, val

@@ -95,10 +95,8 @@ class DetectionDataset:
     """(M,) float64, square pixels."""
     census: Census
 
-    def __init__(
-        self, listing: "Listing", data: Data, num_channels: int, single_class: bool = False
-    ):
-        """`single_class` makes every class that `data.classes` keeps one, named "object"."""
+    def __init__(self, listing: "Listing", data: Data, num_channels: int):
+        """`data.single_class` makes every class that `data.classes` keeps one, named "object"."""
         self.root, self.mode = listing.root, pictures.MODES[num_channels]
         tally = listing.tally
 
@@ -132,11 +130,11 @@ class DetectionDataset:
         image = image[keep]
         self.boxes, self.is_crowd = boxes[keep], is_crowd[keep]
         new_label = np.full(len(listing.names), -1)
-        new_label[kept_classes] = 0 if single_class else np.arange(len(kept_classes))
+        new_label[kept_classes] = 0 if data.single_class else np.arange(len(kept_classes))
         self.labels = new_label[labels[keep]]
         self.class_names = tuple(listing.names[i] for i in kept_classes)
         self.category_ids = tuple(listing.category_ids[i] for i in kept_classes)
-        if single_class:
+        if data.single_class:
             self.class_names, self.category_ids = ("object",), (1,)
         pixel_areas = self.boxes[:, 2:].astype(np.float64).prod(1) * self.sizes[image].prod(1)
         self.areas = np.where(np.isfinite(areas[keep]), areas[keep], pixel_areas)

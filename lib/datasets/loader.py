@@ -25,17 +25,21 @@ class Request:
     epoch: int
     indices: np.ndarray
     """(B,) positions in the data set."""
-    image_size: int
-    """Side of the square, pixels."""
+    size: tuple[int, int]
+    """Height and width, pixels."""
     positions: range
     """Where these samples stand in the step's global batch."""
+    is_late: bool = False
+    """In the last epochs, which go without mosaic and mixup of boxes."""
 
 
-def eval_requests(chosen: np.ndarray, batch_size: int, image_size: int) -> Iterator[Request]:
+def eval_requests(
+    chosen: np.ndarray, batch_size: int, size: tuple[int, int]
+) -> Iterator[Request]:
     """The chosen samples in their order; the last batch may be smaller."""
     for start in range(0, len(chosen), batch_size):
         indices = chosen[start : start + batch_size]
-        yield Request(start // batch_size, 0, indices, image_size, range(len(indices)))
+        yield Request(start // batch_size, 0, indices, size, range(len(indices)))
 
 
 Fill = Callable[[Request, int, np.ndarray], None]
@@ -52,10 +56,8 @@ def load(
     """
 
     def allocate(request: Request) -> torch.Tensor:
-        size = request.image_size
-        return torch.empty(
-            (len(request.indices), size, size, num_channels), dtype=torch.uint8, pin_memory=pin
-        )
+        shape = (len(request.indices), *request.size, num_channels)
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=pin)
 
     def finished(slots: torch.Tensor) -> torch.Tensor:
         return slots.permute(0, 3, 1, 2)  # (B, H, W, C) -> (B, C, H, W), channels last in memory

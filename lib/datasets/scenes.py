@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from lib.datasets import coco, convert
+from lib.datasets import coco, convert, yolo_txt
 from lib.datasets.detection import DetectionDataset
 from lib.params import Data, resolve_path
 
@@ -25,14 +25,22 @@ DIGIT_SIDES = 16, 64  # height of a digit, pixels, log-uniform
 MARGIN = 3  # pixels between any two digits
 
 
-def open_splits(
-    data: Data, num_channels: int, single_class: bool = False
-) -> tuple[DetectionDataset, DetectionDataset]:
+def open_splits(data: Data, num_channels: int) -> tuple[DetectionDataset, DetectionDataset]:
     """The scenes' training and validation split; writes the files where they are not there yet."""
+    _written(data)
+    return coco.open_splits(data, num_channels)
+
+
+def open_yolo_splits(data: Data, num_channels: int) -> tuple[DetectionDataset, DetectionDataset]:
+    """The same, by the YOLO labels, which know no crowd regions."""
+    _written(data)
+    return yolo_txt.open_splits(data, num_channels)
+
+
+def _written(data: Data) -> None:
     root = resolve_path(data.root)
     if not root.exists():
         write_scenes(root, data.train, data.val)
-    return coco.open_splits(data, num_channels, single_class)
 
 
 def write_scenes(

@@ -57,7 +57,7 @@ def random_crop_box(
 
 
 def train_view(
-    image: Image.Image, size: int, data: Data, rng: np.random.Generator
+    image: Image.Image, size: tuple[int, int], data: Data, rng: np.random.Generator
 ) -> tuple[Image.Image, tuple[float, float, float, float], bool]:
     """Choose a training view: the JPEG read at a fitting scale, the box to crop, whether to flip.
 
@@ -68,7 +68,7 @@ def train_view(
     width, height = image.size[::-1] if turned else image.size
     left, top, right, bottom = random_crop_box(width, height, data.augment, rng)
     flip = bool(rng.random() < data.augment.hflip)
-    shrink = min((right - left) / size, (bottom - top) / size)
+    shrink = min((right - left) / size[1], (bottom - top) / size[0])
     if image.format == "JPEG" and shrink >= 2:
         image.draft(None, tuple(math.ceil(side / shrink) for side in image.size))
     new_width, new_height = image.size[::-1] if turned else image.size
@@ -77,10 +77,12 @@ def train_view(
 
 
 def val_box(width: int, height: int, data: Data) -> tuple[float, float, float, float]:
-    """The centred square that holds `val_crop` of the shorter side, pixels."""
-    side = min(width, height) * data.val_crop
-    left, top = (width - side) / 2, (height - side) / 2
-    return left, top, left + side, top + side
+    """The centred box of the input's aspect ratio: `val_crop` of the largest there is, pixels."""
+    input_height, input_width = data.input_size
+    scale = min(width / input_width, height / input_height) * data.val_crop
+    half_width, half_height = input_width * scale / 2, input_height * scale / 2
+    x, y = width / 2, height / 2
+    return x - half_width, y - half_height, x + half_width, y + half_height
 
 
 # --------------------------------------------------------------------------------------------
@@ -131,7 +133,8 @@ def jitter_factors(
 
 
 def mix_plan(
-    augment: Augment, seed: int, step: int, positions: range, batch_size: int, size: int
+    augment: Augment, seed: int, step: int, positions: range, batch_size: int,
+    size: tuple[int, int],
 ) -> Tensor:
     """How each sample of a batch is mixed with its neighbour, (B, 5): share, then the box cut out.
 
@@ -148,11 +151,13 @@ def mix_plan(
         rng.beta(alpha, alpha, num_pairs) if alpha else np.ones(num_pairs)
         for alpha in (augment.mixup, augment.cutmix)
     )
-    side = np.where(use_cutmix, np.round(size * np.sqrt(1 - cutmix_share)), 0)
-    low = np.floor(corner * (size - side + 1)[:, None])  # left, top
+    extent = np.array(size[::-1])  # width, height
+    sides = np.where(use_cutmix, np.sqrt(1 - cutmix_share), 0)[:, None] * extent  # (pairs, 2)
+    sides = np.round(sides)
+    low = np.floor(corner * (extent - sides + 1))  # left, top
     plan = np.zeros((batch_size, 5), np.float32)
     plan[:, 0] = 1  # an unpaired last sample stays as it is
-    pairs = np.column_stack((np.where(use_cutmix, 1, mixup_share), low, low + side[:, None]))
+    pairs = np.column_stack((np.where(use_cutmix, 1, mixup_share), low, low + sides))
     plan[: 2 * num_pairs] = pairs.repeat(2, axis=0)
     return torch.from_numpy(plan[positions.start : positions.stop])
 

@@ -34,9 +34,7 @@ PIXELS = 2.0  # a line with a number above this is in pixels
 FAULTY = [0.0, *[float("nan")] * 4]  # stands for a line that gives no class and box
 
 
-def open_splits(
-    data: Data, num_channels: int, single_class: bool = False
-) -> tuple[DetectionDataset, DetectionDataset]:
+def open_splits(data: Data, num_channels: int) -> tuple[DetectionDataset, DetectionDataset]:
     """The training and validation split, with one list of classes. Raises BadInput."""
     check_channels(num_channels)
     root = resolve_path(data.root)
@@ -54,7 +52,7 @@ def open_splits(
         _refuse_unknown_classes(parts, names, split, yaml_file)
         _refuse_pixels(parts, split)
     train, val = (
-        DetectionDataset(_listing(split, parts, names), data, num_channels, single_class)
+        DetectionDataset(_listing(split, parts, names), data, num_channels)
         for split, parts in zip(files, labels, strict=True)
     )
     check_splits(train, val, data)

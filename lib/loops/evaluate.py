@@ -36,7 +36,7 @@ def evaluate(
     model.eval()
     try:
         with autocast(task.device, task.params.train.precision):
-            metrics = task.evaluate(model, batches())
+            metrics = task.evaluate(model, batches(), split)
     finally:
         model.train(was_training)
     named = {f"{split}/{name}": value for name, value in metrics.items()}

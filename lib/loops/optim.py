@@ -11,12 +11,14 @@ DECAYED = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
 
 
 def param_groups(model: nn.Module, optim: Optim) -> list[dict]:
-    """Two groups: weights of convolutions and linear layers decay; all else decays less or not.
+    """Weights of convolutions and linear layers decay; all else decays less or not.
 
     By the type of the module that owns a parameter, never by its name: `'bn' in name` misses
-    `downsample.1`. Each trainable parameter is in exactly one group.
+    `downsample.1`. With `optim.backbone_lr` what lies below `model.backbone` forms groups of its
+    own, of that share of the LR. Each trainable parameter is in exactly one group.
     """
-    decayed, other = [], []
+    backbone = set(model.backbone.modules()) if optim.backbone_lr != 1 else set()
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     seen: set[int] = set()
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -24,17 +26,21 @@ def param_groups(model: nn.Module, optim: Optim) -> list[dict]:
                 continue  # frozen, or tied to one that is in a group already
             seen.add(id(parameter))
             is_weight = isinstance(module, DECAYED) and name.endswith("weight")
-            (decayed if is_weight else other).append(parameter)
+            groups.setdefault((module in backbone, not is_weight), []).append(parameter)
     return [
-        {"name": "conv and linear weights", "params": decayed, "weight_decay": optim.weight_decay},
-        {"name": "norms, biases, others", "params": other,
-         "weight_decay": optim.norm_weight_decay},
+        {
+            "name": ("backbone: " if in_backbone else "")
+            + ("norms, biases, others" if is_other else "conv and linear weights"),
+            "params": parameters,
+            "weight_decay": optim.norm_weight_decay if is_other else optim.weight_decay,
+            "lr_share": optim.backbone_lr if in_backbone else 1.0,
+        }
+        for (in_backbone, is_other), parameters in sorted(groups.items())
     ]
 
 
 def build(groups: list[dict], optim: Optim, lr: float) -> torch.optim.Optimizer:
     """The optimizer of the params; `fused` runs each group in one kernel where there is one."""
-    groups = [group for group in groups if group["params"]]
     if optim.name == "sgd":
         nesterov = optim.nesterov and optim.momentum > 0
         sgd = torch.optim.SGD(groups, lr, momentum=optim.momentum, nesterov=nesterov, fused=True)
@@ -48,14 +54,17 @@ def build(groups: list[dict], optim: Optim, lr: float) -> torch.optim.Optimizer:
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_share"]
 
 
-def group_rows(model: nn.Module, groups: list[dict]) -> Iterator[tuple[str, int, int, float]]:
-    """Name, tensors, parameters, weight decay of each group, and of what is frozen."""
+def group_rows(
+    model: nn.Module, groups: list[dict]
+) -> Iterator[tuple[str, int, int, float, float]]:
+    """Name, tensors, parameters, weight decay, share of the LR of each group and the frozen."""
     for group in groups:
         numel = sum(parameter.numel() for parameter in group["params"])
-        yield group["name"], len(group["params"]), numel, group["weight_decay"]
+        yield (group["name"], len(group["params"]), numel, group["weight_decay"],
+               group["lr_share"])
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     if frozen:
-        yield "frozen", len(frozen), sum(parameter.numel() for parameter in frozen), 0.0
+        yield "frozen", len(frozen), sum(parameter.numel() for parameter in frozen), 0.0, 0.0

@@ -1,10 +1,13 @@
 """Memorise a few frozen batches: the cheapest proof that data, network and losses fit together."""
 
+import copy
 import math
 import time
 from dataclasses import dataclass
 
 import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lib.loops import optim
 from lib.loops.device import autocast
@@ -35,7 +38,8 @@ def overfit(task: Task, params: Params, run: Run, batches: list[Batch]) -> Overf
     """Train on `batches` again and again until `task.memorised`, or overfit.steps are done.
 
     AdamW with a cosine to zero, whatever the run's own optimizer, so that this gate tests the
-    data, the network and the losses alone. Every image is judged in evaluation mode.
+    data, the network and the losses alone. Every image is judged in evaluation mode, by a copy
+    whose BatchNorm statistics are those of the frozen images.
     """
     config, model = params.overfit, task.model.train()
     adamw = Optim(name="adamw", weight_decay=0.0)
@@ -66,11 +70,28 @@ def overfit(task: Task, params: Params, run: Run, batches: list[Batch]) -> Overf
         optimizer.zero_grad()
         run.record("step", step=step, **values, lr=lr, seconds=time.perf_counter() - started)
         if step % EVAL_EVERY == 0 or step == config.steps:
-            model.eval()
-            with torch.no_grad():
-                metrics = task.evaluate(model, batches)
-            model.train()
+            with torch.no_grad(), autocast(task.device, params.train.precision):
+                metrics = task.evaluate(_settled(task, model, batches), batches, "train")
             run.record("eval", step=step, **{f"frozen/{k}": v for k, v in metrics.items()})
             if task.memorised(metrics).passed:
                 break
     return OverfitResult(initial, metrics, tuple(sorted(silent)), step, finite)
+
+
+def _settled(task: Task, model: nn.Module, batches: list[Batch]) -> nn.Module:
+    """A copy in evaluation mode, its BatchNorm statistics measured anew on these batches.
+
+    Running ones lag behind weights that move this fast (momentum 0.03 remembers 30 steps), and
+    would fail a network that knows the images by heart.
+    """
+    settled = copy.deepcopy(model)
+    norms = [module for module in settled.modules()
+             if isinstance(module, _BatchNorm) and module.training]
+    settled.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain mean over batches
+        norm.train()
+    for batch in batches if norms else ():
+        task.scores(settled, task.to_device(batch)["images"])
+    return settled.eval()

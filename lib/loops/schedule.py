@@ -8,10 +8,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from lib.datasets.box_transforms import step_size
 from lib.datasets.loader import Request
 from lib.datasets.transforms import epoch_order
 from lib.errors import BadInput
-from lib.params import Params
+from lib.params import Params, as_pair
 
 
 @dataclass(frozen=True)
@@ -60,24 +61,33 @@ class Plan:
 
     def facts(self) -> dict[str, str]:
         """The plan in numbers, for people."""
+        spread = self.params.data.boxes.multi_scale
         return {
             "steps": f"{self.num_steps:,}",
             "epochs": f"{self.num_epochs:.4g} of {self.steps_per_epoch:,} steps",
             "evaluations": f"{self.num_evals}, every {self.eval_steps:,} steps",
             "warm-up": f"{self.warmup_steps:,} steps",
-            "image sizes": " then ".join(map(str, self.params.train.image_sizes))
-            or str(self.params.data.image_size),
+            "image sizes (height x width)": " then ".join(f"{h} x {w}" for h, w in self.sizes)
+            + (f", each step by up to {spread:.0%} more or less" if spread else ""),
         }
 
-    def image_size(self, step: int) -> int:
-        """Side of the training square at `step`, pixels; progressive sizes share the run evenly."""
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """The training (height, width) of equal parts of the run, pixels; without multi-scale."""
         sizes = self.params.train.image_sizes or (self.params.data.image_size,)
-        return sizes[min(len(sizes) * step // self.num_steps, len(sizes) - 1)]
+        return [as_pair(size) for size in sizes]
+
+    def size(self, step: int) -> tuple[int, int]:
+        """The input's (height, width) at `step`, pixels."""
+        sizes = self.sizes
+        size = sizes[min(len(sizes) * step // self.num_steps, len(sizes) - 1)]
+        return step_size(self.params.seed, step, size, self.params.data.boxes.multi_scale)
 
     def requests(self, first_step: int = 0) -> Iterator[Request]:
         """The micro-batches of every step from `first_step` on."""
         train, seed = self.params.train, self.params.seed
         micro = train.batch_size // train.accumulate
+        late = self.num_steps - self.params.data.boxes.plain_epochs * self.steps_per_epoch
         epoch, order = -1, None
         for step in range(first_step, self.num_steps):
             if step // self.steps_per_epoch != epoch:
@@ -87,16 +97,17 @@ class Plan:
             for offset in range(0, train.batch_size, micro):
                 indices = order[start + offset : start + offset + micro]
                 yield Request(
-                    step, epoch, indices, self.image_size(step), range(offset, offset + micro)
+                    step, epoch, indices, self.size(step), range(offset, offset + micro),
+                    is_late=step >= late,
                 )
 
     def lr_factor(self, update: int) -> float:
         """Share of the peak learning rate at optimizer update `update`, from 0.
 
-        cosine: linear warm-up, then half a cosine down to final_lr at the very last step
-        (Loshchilov and Hutter 2017). one_cycle: half a cosine up over the warm-up and half a
-        cosine down (Smith and Topin 2018; momentum is not cycled). multistep: warm-up, then a
-        factor gamma at each milestone. constant: warm-up, then 1.
+        cosine: linear warm-up, the peak for `flat` of the run, then half a cosine down to final_lr
+        at the very last step (Loshchilov and Hutter 2017). one_cycle: half a cosine up over the
+        warm-up and half a cosine down (Smith and Topin 2018; momentum is not cycled). multistep:
+        warm-up, then a factor gamma at each milestone. constant: warm-up, then 1.
         """
         optim, warmup = self.params.optim, self.warmup_steps
         last = self.num_steps - 1
@@ -107,7 +118,10 @@ class Plan:
                 progress = (1 - math.cos(math.pi * progress)) / 2
             return optim.warmup_start + (1 - optim.warmup_start) * progress
         if optim.schedule in ("cosine", "one_cycle"):
-            progress = (update - warmup) / max(1, last - warmup)
+            start = warmup
+            if optim.schedule == "cosine":
+                start = max(warmup, round(optim.flat * self.num_steps))
+            progress = max(0, update - start) / max(1, last - start)
             return optim.final_lr + (1 - optim.final_lr) * (1 + math.cos(math.pi * progress)) / 2
         if optim.schedule == "multistep":
             epoch = update / self.steps_per_epoch

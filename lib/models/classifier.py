@@ -10,11 +10,11 @@ from lib.params import Model
 
 
 def build(
-    model: Model, num_classes: int, pretrained: bool, image_size: int | None = None
+    model: Model, num_classes: int, pretrained: bool, input_size: tuple[int, int] | None = None
 ) -> nn.Module:
     """A timm model with a head of `num_classes`; (B, C, H, W) to logits (B, num_classes).
 
-    Networks of a fixed input size (most transformers) are built for `image_size` pixels.
+    Networks of a fixed input size (most transformers) are built for `input_size` (height, width).
 
     Raises BadInput: an unknown name, an option the model does not have, weights that cannot be
     fetched.
@@ -30,8 +30,8 @@ def build(
         options["drop_path_rate"] = model.drop_path_rate
     try:
         config = timm.get_pretrained_cfg(model.name, allow_unregistered=True)
-        if image_size and config is not None and config.fixed_input_size:
-            options["img_size"] = image_size  # its positions are learnt for one size
+        if input_size and config is not None and config.fixed_input_size:
+            options["img_size"] = input_size  # its positions are learnt for one size
         return timm.create_model(
             model.name,
             pretrained=pretrained,

@@ -13,13 +13,11 @@ layers they live in logit space, where a refinement is a plain addition.
 import math
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lib.models.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
@@ -49,7 +47,6 @@ class Config:
     num_denoising: int = 100  # denoising groups hold about this many boxes in all
     label_noise: float = 0.5  # twice the fraction of denoising labels replaced at random
     box_noise: float = 1.0  # a corner moves by up to this many half sizes of its box
-    freeze_pretrained: bool = False  # keep a pretrained stem and batch statistics as they are
 
 
 VARIANTS = {
@@ -69,8 +66,8 @@ VARIANTS = {
     ),
     "r18": Config("resnet18d", csp_expansion=0.5, num_decoder_layers=3),
     "r34": Config("resnet34d", csp_expansion=0.5, num_decoder_layers=4),
-    "r50": Config("resnet50d", freeze_pretrained=True),
-    "r101": Config("resnet101d", encoder_dim=384, encoder_ffn_dim=2048, freeze_pretrained=True),
+    "r50": Config("resnet50d"),
+    "r101": Config("resnet101d", encoder_dim=384, encoder_ffn_dim=2048),
 }
 
 
@@ -114,10 +111,7 @@ def build(
     """An RT-DETR of `VARIANTS[variant]`; `num_queries` replaces the variant's own if given."""
     config = VARIANTS[variant]
     backbone = _backbone(config, in_chans, pretrained_backbone)
-    model = RTDETR(config, backbone, num_classes, num_queries or config.num_queries)
-    if pretrained_backbone and config.freeze_pretrained:
-        model.freeze_stem_and_norms()
-    return model
+    return RTDETR(config, backbone, num_classes, num_queries or config.num_queries)
 
 
 class RTDETR(nn.Module):
@@ -609,60 +603,14 @@ def anchor_logits(sizes: list[tuple[int, int]], device: torch.device) -> tuple[T
 # ------------------------------------------------------------------------ published checkpoints
 
 
-@dataclass(frozen=True)
-class LoadReport:
-    """What a published checkpoint brought. `str(report)` is a sentence and the list of misses."""
-
-    num_loaded: int  # tensors of the model that were filled
-    num_tensors: int  # tensors of the model in all, counters of batch norms left out
-    missing: list[str]  # in the model, not in the file
-    mismatched: list[str]  # in both, with other shapes: class heads of another number of classes
-    unexpected: list[str]  # in the file, not in the model
-
-    @property
-    def percent(self) -> float:
-        return 100 * self.num_loaded / self.num_tensors
-
-    def __str__(self) -> str:
-        lines = [f"loaded {self.num_loaded} of {self.num_tensors} tensors ({self.percent:.1f} %)"]
-        for kind in ("missing", "mismatched", "unexpected"):
-            lines += [f"  {kind}: {name}" for name in getattr(self, kind)]
-        return "\n".join(lines)
-
-
-def load_published(model: RTDETR, path: str | Path) -> LoadReport:
-    """Fill `model` from an official `.pth` or a Hugging Face `.safetensors` file.
-
-    Batch statistics and stem are then frozen where the variant was published so. Tensors of another
-    shape, such as the heads of another number of classes, keep their initial values and are listed.
+def own_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of an official or a Hugging Face file under this file's names; ours as they are.
     """
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        state = from_hugging_face(load_file(path))
-    else:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        state = checkpoint["ema"]["module"] if "ema" in checkpoint else checkpoint["model"]
-    report = load_official(model, state)
-    if model.config.freeze_pretrained:
-        model.freeze_stem_and_norms()
-    return report
-
-
-def load_official(model: RTDETR, state: dict[str, Tensor]) -> LoadReport:
-    """Fill `model` from a state dict with the official repository's names."""
-    counter = "num_batches_tracked"
-    source = {k: v for k, v in from_official(state).items() if not k.endswith(counter)}
-    target = {k: v for k, v in model.state_dict().items() if not k.endswith(counter)}
-    shared = source.keys() & target.keys()
-    matching = {k: source[k] for k in shared if source[k].shape == target[k].shape}
-    model.load_state_dict(matching, strict=False)
-    return LoadReport(
-        num_loaded=len(matching),
-        num_tensors=len(target),
-        missing=sorted(target.keys() - shared),
-        mismatched=sorted(shared - matching.keys()),
-        unexpected=sorted(source.keys() - shared),
-    )
+    if any(name.startswith("model.decoder") for name in state):
+        return from_official(from_hugging_face(state))
+    if any(name.startswith("decoder.decoder.") for name in state):
+        return from_official(state)
+    return state
 
 
 # Hugging Face's names to the official ones. Its files keep older names than its modules have in

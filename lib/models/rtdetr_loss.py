@@ -37,7 +37,8 @@ def losses(
     """Named terms, all 0-d float32; `loss` is the one to call backward on.
 
     vfl, l1, giou are the last layer's, unweighted; encoder_*, aux_* (the layers between) and dn_*
-    are sums over their layers; loss is the sum of all with the published weights 1, 5, 2.
+    are sums over their layers; *_weighted are the sums of all of a kind times the published weights
+    1, 5, 2, and loss is their sum.
     `reduce_num_boxes` maps this process's number of boxes, a 0-d tensor, to the mean over all
     processes, so that a box weighs the same whichever process holds it. `matcher` stands in for
     `match`: `fixed_match` in a dry run.
@@ -64,7 +65,11 @@ def losses(
 
     stacked = torch.stack(list(groups.values()))  # (groups, 3)
     vfl, l1, giou = stacked.sum(0)
-    terms = {"loss": WEIGHT_VFL * vfl + WEIGHT_L1 * l1 + WEIGHT_GIOU * giou}
+    weighted = {
+        "vfl_weighted": WEIGHT_VFL * vfl, "l1_weighted": WEIGHT_L1 * l1,
+        "giou_weighted": WEIGHT_GIOU * giou,
+    }
+    terms = {"loss": sum(weighted.values()), **weighted}
     for prefix, group in zip(groups, stacked.detach(), strict=True):
         terms |= {prefix + name: t for name, t in zip(("vfl", "l1", "giou"), group, strict=True)}
     return terms

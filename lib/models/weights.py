@@ -28,7 +28,12 @@ class LoadReport:
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors or .pth file; BadInput where it is neither."""
+    """The tensors of a .safetensors or .pth file, or of a run's checkpoint folder (its moving
+    average where there is one); BadInput where it is none of these.
+    """
+    if path.is_dir():
+        files = [path / "ema.safetensors", path / "model.safetensors"]
+        path = next((file for file in files if file.is_file()), files[1])
     if not path.is_file():
         raise BadInput(f"{path}: no such weights file")
     try:
@@ -45,16 +50,19 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         ) from None
     if not isinstance(state, dict):
         raise BadInput(f"{path}: holds a {type(state).__name__}, not named tensors")
-    for key in ("state_dict", "model", "module"):
+    for key in ("ema", "state_dict", "model", "module"):
         if isinstance(state.get(key), dict):
             state = state[key]
     return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
 
 
-def load(model: nn.Module, path: Path) -> LoadReport:
-    """Copy the tensors whose names and shapes agree into `model`."""
-    found = read_state_dict(path)
-    own = model.state_dict()
+def fill(model: nn.Module, found: dict[str, Tensor]) -> LoadReport:
+    """Copy the tensors whose names and shapes agree into `model`.
+
+    BatchNorm's counters of batches, which some files leave out, are not counted.
+    """
+    own = _without_counters(model.state_dict())
+    found = _without_counters(found)
     fitting = {
         name: tensor
         for name, tensor in found.items()
@@ -68,3 +76,8 @@ def load(model: nn.Module, path: Path) -> LoadReport:
         mismatched=tuple(name for name in found if name in own and name not in fitting),
         unused=tuple(name for name in found if name not in own),
     )
+
+
+def _without_counters(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in state.items()
+            if not name.endswith("num_batches_tracked")}

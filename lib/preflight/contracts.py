@@ -10,13 +10,13 @@ from lib.loops.ema import Ema
 from lib.loops.overfit import OverfitResult
 from lib.loops.schedule import Plan
 from lib.models.weights import LoadReport
-from lib.params import Params
+from lib.params import Params, as_pair
 from lib.run import Check
 from lib.tasks import TASKS, Batch, Task
 
 
-def initial_losses(result: OverfitResult, expected: dict[str, tuple[float, float]]) -> list[Check]:
-    """Each loss term of the untrained network against its analytic range.
+def initial_losses(task: Task, result: OverfitResult, batch: Batch) -> list[Check]:
+    """Each loss term of the untrained network on the first frozen batch against its analytic range.
 
     Outside it fails the gate, except that up to three times its upper end only warns: some sound
     networks start with uneven outputs (timm's mobilenetv2 at twice ln K).
@@ -29,10 +29,9 @@ def initial_losses(result: OverfitResult, expected: dict[str, tuple[float, float
             limit=f"{low:.3f} to {high:.3f}",
             passed=low <= result.initial[term] <= high,
             severity="warning" if high < result.initial[term] <= 3 * high else "error",
-            advice="Far above: the head starts with extreme outputs, or inputs are not normalized. "
-            "Far below: the labels leak into the input, or there are fewer classes than stated.",
+            advice=task.initial_advice(term),
         )
-        for term, (low, high) in expected.items()
+        for term, (low, high) in task.expected_initial(batch).items()
     ]
 
 
@@ -95,7 +94,7 @@ def no_leakage(task: Task, batch: Batch) -> Check:
     was_training = model.training
     model.eval()
     images = task.to_device(batch)["images"][:4].requires_grad_()
-    output = model(images)[0].float()
+    output = task.scores(model, images)[0].float()
     (gradient,) = torch.autograd.grad(output.square().sum(), images)
     model.train(was_training)
     leaked = float(gradient[1:].abs().max())
@@ -131,20 +130,26 @@ def accepts_sizes(params: Params, num_classes: int) -> Check:
 
     Raises BadInput naming the size it does not take.
     """
-    sizes = sorted({*params.train.image_sizes, params.data.image_size})
+    task = TASKS[params.task]
+    asked = sorted({as_pair(size) for size in (*params.train.image_sizes, params.data.image_size)})
+    shown = []
     with torch.device("meta"):
-        model = TASKS[params.task].network(params, num_classes, pretrained=False)
-        for size in sizes:
+        model = task.network(params, num_classes, pretrained=False)
+        for size in asked:
+            padded = task.network_size(params, size)
+            shown.append("{} x {}".format(*size))
+            if padded != size:
+                shown[-1] += " (padded to {} x {})".format(*padded)
             try:
-                model(torch.empty(2, params.model.in_chans, size, size))
+                model(torch.empty(2, params.model.in_chans, *padded))
             except (AssertionError, RuntimeError, ValueError) as error:
                 reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason"
                 raise BadInput(
                     f"data.image_size / train.image_sizes: {params.model.name} does not take "
-                    f"{size} x {size} pixels ({reason}); choose a size it was made for"
+                    f"{size[0]} x {size[1]} pixels ({reason}); choose a size it was made for"
                 ) from None
-    return Check("sizes", f"sizes that {params.model.name} takes", ", ".join(map(str, sizes)),
-                 "every size of the run", True)
+    return Check("sizes", f"sizes (height x width) that {params.model.name} takes",
+                 ", ".join(shown), "every size of the run", True)
 
 
 def planned_machine(params: Params) -> Check:

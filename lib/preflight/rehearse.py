@@ -54,19 +54,18 @@ def rehearse(task: Task, params: Params, run: Run) -> Rehearsal:
     network = torch.compile(model, dynamic=False) if params.machine.compile else model
 
     # Steps, at every size of the run.
-    sizes = config.image_sizes or (params.data.image_size,)
-    starts = [-(-place * plan.num_steps // len(sizes)) for place in range(len(sizes) + 1)]
+    num_sizes = len(plan.sizes)
+    starts = [-(-place * plan.num_steps // num_sizes) for place in range(num_sizes + 1)]
     micro = config.batch_size // config.accumulate
     seconds, shapes, asked, loss = [], [], [], math.nan
     for first, end in itertools.pairwise(starts):
         if first == end:
             continue  # fewer steps than sizes
         timed = []
-        requests = itertools.islice(
-            plan.requests(first), (UNTIMED_STEPS + TIMED_STEPS) * config.accumulate
-        )
+        num_steps = min(UNTIMED_STEPS + TIMED_STEPS, end - first)
+        requests = list(itertools.islice(plan.requests(first), num_steps * config.accumulate))
         batches = task.train_batches(requests)
-        for step in range(min(UNTIMED_STEPS + TIMED_STEPS, end - first)):
+        for step in range(num_steps):
             started = time.perf_counter()
             for _ in range(config.accumulate):
                 batch = task.to_device(next(batches))
@@ -85,8 +84,8 @@ def rehearse(task: Task, params: Params, run: Run) -> Rehearsal:
         batches.close()
         seconds.append(statistics.median(timed[UNTIMED_STEPS:] or timed))
         shapes.append(tuple(batch["images"].shape))
-        size = plan.image_size(first)
-        asked.append((micro, params.model.in_chans, size, size))
+        size = task.network_size(params, requests[-1].size)
+        asked.append((micro, params.model.in_chans, *size))
 
     # Evaluation of what will be delivered.
     judged = evaluate(task, ema.model if ema else model, "val", most=NUM_EVAL_IMAGES)

@@ -2,15 +2,23 @@
 
 import torch
 
-from lib.datasets import FORMATS
+from lib.datasets import BOX_FORMATS, FORMATS
 from lib.loops.schedule import Plan
-from lib.models import weights
 from lib.params import Params, resolve_path
 from lib.preflight.audit import census_checks
 from lib.preflight.contracts import accepts_sizes, plan_checks, planned_machine
 from lib.run import Check, shown
 from lib.tasks import TASKS
-from lib.tasks.classify import head_width
+from lib.tasks.task import head_width
+
+GENERATED = ("demo", "scenes", "scenes_yolo")  # formats that write their data themselves
+LAYOUTS = {
+    "folder": "{root}/{train}/CLASS/IMAGE and {root}/{val}/CLASS/IMAGE",
+    "coco": "{root}/annotations/instances_{train}.json and ..._{val}.json, pictures in "
+    "{root}/{train} and {root}/{val}",
+    "yolo": "{root}/images/{train} and {root}/labels/{train}, the same for {val}, or as a YAML in "
+    "{root} says",
+}
 
 
 def check(params: Params) -> int:
@@ -40,16 +48,16 @@ def _data(params: Params) -> tuple[int | None, int, list[Check]]:
     """Training images (None: not known yet), classes, and what the data says of itself."""
     data, root = params.data, resolve_path(params.data.root)
     stated = data.classes if isinstance(data.classes, int) else len(data.classes or ())
-    if data.format != "demo" and not root.is_dir():
+    if data.format not in GENERATED and not root.is_dir():
         number = f"{data.num_train_images:,} training images" if data.num_train_images else \
             "an unknown number of training images (state data.num_train_images to plan with it)"
         missing = Check(
             "data_there", "the data is there", f"missing: {root}", "there", False, "warning",
-            f"Put it at {root}/{data.train}/CLASS/IMAGE and {root}/{data.val}/CLASS/IMAGE, or set "
-            f"data.root. Planned with {number}.",
+            f"Put it at {LAYOUTS[data.format].format(root=root, train=data.train, val=data.val)}, "
+            f"or set data.root. Planned with {number}.",
         )
         return data.num_train_images, params.model.num_classes or stated or 1000, [missing]
-    train, val = FORMATS[data.format](data, params.model.in_chans)
+    train, val = (FORMATS | BOX_FORMATS)[data.format](data, params.model.in_chans)
     census = [vars(train.census), vars(val.census)]
     there = Check("data_there", "the data is there",
                   f"{len(train):,} training and {len(val):,} validation images of "
@@ -61,7 +69,7 @@ def _network(params: Params, num_classes: int) -> Check:
     with torch.device("meta"):  # shapes only, no memory
         model = TASKS[params.task].network(params, num_classes, pretrained=False)
     if params.model.weights:  # BadInput for a file that is none
-        found = weights.read_state_dict(resolve_path(params.model.weights))
+        found = TASKS[params.task].read_weights(params)
         fitting = [name for name, own in model.state_dict().items()
                    if name in found and found[name].shape == own.shape]
         source = f", {len(fitting)} of {len(model.state_dict())} tensors in {params.model.weights}"

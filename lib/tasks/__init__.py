@@ -4,9 +4,10 @@ import torch
 
 from lib.params import Params
 from lib.tasks.classify import Classify
+from lib.tasks.detect import Detect
 from lib.tasks.task import Batch, Task
 
-TASKS = {"classify": Classify}
+TASKS = {"classify": Classify, "detect": Detect}
 
 __all__ = ["TASKS", "Batch", "Task", "build_task"]
 

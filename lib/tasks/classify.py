@@ -19,16 +19,10 @@ from lib.models import classifier, weights
 from lib.params import Params, resolve_path
 from lib.run import Check
 from lib.tasks import classify_analysis
-from lib.tasks.task import Analysis, Batch
+from lib.tasks.task import Analysis, Batch, head_width, needs_several_images, spread
 from lib.watch import plots
 
 NUM_PICTURES = 32
-
-
-def spread(total: int, most: int | None) -> np.ndarray:
-    """Up to `most` positions spread evenly over `total`; None: all of them."""
-    count = total if most is None else min(most, total)
-    return np.linspace(0, total - 1, count).round().astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -52,18 +46,6 @@ class Predictions:
         return np.bincount(flat, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
-def head_width(params: Params, class_names: tuple[str, ...]) -> int:
-    """Outputs of the head; BadInput where a label would lie outside it."""
-    wanted, found = params.model.num_classes or len(class_names), len(class_names)
-    if wanted < found:
-        raise BadInput(
-            f"model.num_classes is {wanted}, the data has {found} classes: label {wanted} "
-            f"({class_names[wanted]!r}) lies outside the head; set model.num_classes to null or "
-            f"{found}"
-        )
-    return wanted
-
-
 class Classify:
     """Any timm model on a data set of labelled images."""
 
@@ -82,7 +64,7 @@ class Classify:
         model = self.network(params, self.num_classes, params.model.pretrained)
         self.weights_report: weights.LoadReport | None = None
         if params.model.weights:
-            self.weights_report = weights.load(model, resolve_path(params.model.weights))
+            self.weights_report = weights.fill(model, self.read_weights(params))
         self._memory_format = (
             torch.channels_last if params.machine.channels_last else torch.contiguous_format
         )
@@ -93,18 +75,10 @@ class Classify:
     def network(params: Params, num_classes: int, pretrained: bool) -> nn.Module:
         """The network alone; raises BadInput where the batch does not suit it."""
         model = classifier.build(
-            params.model, num_classes, pretrained, params.data.image_size
+            params.model, num_classes, pretrained, params.data.input_size
         )
+        needs_several_images(model, params)
         micro_batch = params.train.batch_size // params.train.accumulate
-        has_batch_norm = any(
-            isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()
-        )
-        if micro_batch == 1 and has_batch_norm:
-            raise BadInput(
-                f"train.batch_size {params.train.batch_size} / train.accumulate "
-                f"{params.train.accumulate} leaves one image a forward pass, too few for the "
-                f"BatchNorm of {params.model.name}; raise the batch or lower accumulate"
-            )
         augment = params.data.augment
         if (augment.mixup or augment.cutmix) and params.train.accumulate > 1 and micro_batch % 2:
             raise BadInput(
@@ -113,6 +87,14 @@ class Classify:
                 "mix pairs and need an even number: change train.accumulate"
             )
         return model
+
+    @staticmethod
+    def read_weights(params: Params) -> dict[str, Tensor]:
+        return weights.read_state_dict(resolve_path(params.model.weights))
+
+    @staticmethod
+    def network_size(params: Params, size: tuple[int, int]) -> tuple[int, int]:
+        return size
 
     # -- data -----------------------------------------------------------------------------------
 
@@ -127,8 +109,8 @@ class Classify:
             rng = transforms.crop_rng(seed, request.epoch, index)
             image = self.train_data.open(index)
             try:
-                image, box, flip = transforms.train_view(image, request.image_size, data, rng)
-                slot[:] = self._resized(self.train_data.pixels(image), box, request.image_size)
+                image, box, flip = transforms.train_view(image, request.size, data, rng)
+                slot[:] = self._resized(self.train_data.pixels(image), box, request.size)
             except folder.BROKEN as error:
                 raise self.train_data.unreadable(index, error) from None
             if flip:
@@ -143,7 +125,7 @@ class Classify:
                 )
             if augment.mixup or augment.cutmix:
                 batch["mix"] = transforms.mix_plan(
-                    augment, seed, request.step, request.positions, batch_size, request.image_size
+                    augment, seed, request.step, request.positions, batch_size, request.size
                 )
             yield batch
 
@@ -152,7 +134,7 @@ class Classify:
         chosen = spread(len(dataset), most)
         micro_batch = self.params.train.batch_size // self.params.train.accumulate
         yield from self._plain_batches(
-            dataset, loader.eval_requests(chosen, micro_batch, self.params.data.image_size)
+            dataset, loader.eval_requests(chosen, micro_batch, self.params.data.input_size)
         )
 
     def sample_names(self, indices: list[int]) -> list[str]:
@@ -165,7 +147,7 @@ class Classify:
     def frozen_batches(self, num_batches: int, batch_size: int) -> list[Batch]:
         order = transforms.epoch_order(self.params.seed, 0, self.num_train)
         chosen = order[: num_batches * batch_size]
-        size = self.params.data.image_size
+        size = self.params.data.input_size
         requests = (
             Request(i, 0, part, size, range(len(part)))
             for i, part in enumerate(np.array_split(chosen, min(num_batches, len(chosen))))
@@ -178,7 +160,7 @@ class Classify:
             try:
                 image = dataset.pixels(dataset.open(index))
                 box = transforms.val_box(*image.size, self.params.data)
-                slot[:] = self._resized(image, box, request.image_size)
+                slot[:] = self._resized(image, box, request.size)
             except folder.BROKEN as error:
                 raise dataset.unreadable(index, error) from None
 
@@ -191,10 +173,10 @@ class Classify:
             pin=self.device.type == "cuda",
         )
 
-    def _resized(self, image: Image.Image, box: tuple, size: int) -> np.ndarray:
-        """The box of an image at size x size, (H, W, C)."""
+    def _resized(self, image: Image.Image, box: tuple, size: tuple[int, int]) -> np.ndarray:
+        """The box of an image at `size`, (H, W, C)."""
         filter_ = transforms.resampling(self.params.data)
-        return np.asarray(image.resize((size, size), filter_, box=box)).reshape(size, size, -1)
+        return np.asarray(image.resize(size[::-1], filter_, box=box)).reshape(*size, -1)
 
     @staticmethod
     def _batch(request: Request, images: Tensor, labels: np.ndarray) -> Batch:
@@ -225,7 +207,10 @@ class Classify:
         )
         return {"loss": loss}
 
-    def expected_initial(self) -> dict[str, tuple[float, float]]:
+    def scores(self, model: nn.Module, images: Tensor) -> Tensor:
+        return model(images)
+
+    def expected_initial(self, batch: Batch) -> dict[str, tuple[float, float]]:
         """ln K for K equally likely classes, with room for a head that starts unevenly.
 
         Random logits of deviation s raise the mean cross-entropy by about s^2 / 2. A network that
@@ -234,6 +219,22 @@ class Classify:
         uniform = math.log(self.num_classes)
         starts_warm = self.params.model.pretrained or self.params.model.weights
         return {"loss": (0.0 if starts_warm else 0.9 * uniform, 1.1 * uniform + 0.5)}
+
+    def initial_advice(self, term: str) -> str:
+        return (
+            "Far above: the head starts with extreme outputs, or inputs are not normalized. "
+            "Far below: the labels leak into the input, or there are fewer classes than stated."
+        )
+
+    def target_checks(self, batches: list[Batch], split: str) -> list[Check]:
+        labels = torch.cat([batch["labels"] for batch in batches])
+        low, high = int(labels.min()), int(labels.max())
+        return [Check(
+            "labels_in_range", "smallest and largest label, outputs of the head",
+            f"{low}, {high}, {self.num_classes}", "0 to outputs - 1",
+            0 <= low and high < self.num_classes,
+            advice="A label lies outside the head: classes must be numbered 0, 1, 2, ...",
+        )]
 
     # -- judging --------------------------------------------------------------------------------
 
@@ -253,7 +254,9 @@ class Classify:
             ))
         return Predictions(*map(np.concatenate, zip(*rows, strict=True)))
 
-    def evaluate(self, model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
+    def evaluate(
+        self, model: nn.Module, batches: Iterable[Batch], split: str
+    ) -> dict[str, float]:
         return self.metrics(self.predict(model, batches))
 
     def metrics(self, predictions: Predictions) -> dict[str, float]:
@@ -290,7 +293,7 @@ class Classify:
     def pictures(self, split: str, indices: np.ndarray) -> Batch:
         """These images as validation sees them."""
         dataset = self.train_data if split == "train" else self.val_data
-        size = self.params.data.image_size
+        size = self.params.data.input_size
         request = Request(0, 0, indices, size, range(len(indices)))
         (batch,) = self._plain_batches(dataset, [request])
         return batch

@@ -143,11 +143,13 @@ def disagreement(
 
 
 def _ema_follows(evals: list[dict]) -> Check | None:
-    if not evals or "val/top1_raw" not in evals[-1]:
+    raw_names = [name for name in evals[-1] if name.endswith("_raw")] if evals else []
+    headline = next((name.removesuffix("_raw") for name in raw_names if "loss" not in name), None)
+    if headline is None:
         return None
-    ema, raw = evals[-1]["val/top1"], evals[-1]["val/top1_raw"]
+    ema, raw = evals[-1][headline], evals[-1][f"{headline}_raw"]
     return Check(
-        "ema_follows", "val/top1 of the moving average, and of the weights themselves",
+        "ema_follows", f"{headline} of the moving average, and of the weights themselves",
         f"{ema:.4f}, {raw:.4f}", "average not 0.02 below", ema > raw - 0.02, "warning",
         "The average lags behind: its horizon is too long for this run. Lower train.ema.decay.",
     )
@@ -255,13 +257,15 @@ def analysis_checks(
             f">= {params.train.target:g}", metrics[headline] >= params.train.target,
             advice="The run misses its target (train.target): read the findings and the curves.",
         ))
-    checks.append(disagreement(
-        metrics["train/loss"], metrics["val/loss"], guessing["loss"],
-        metrics["val/top1"], metrics["val/top1_relabelled"], guessing["top1"],
-    ))
-    gap = metrics["train/top1"] - metrics["val/top1"]
+    if "loss" in guessing:
+        checks.append(disagreement(
+            metrics["train/loss"], metrics["val/loss"], guessing["loss"],
+            metrics["val/top1"], metrics["val/top1_relabelled"], guessing["top1"],
+        ))
+    name = headline.removeprefix("val/")
+    gap = metrics[f"train/{name}"] - metrics[headline]
     checks.append(Check(
-        "gap", "top-1 on training less on validation images, same transform", gap, "<= 0.2",
+        "gap", f"{name} on training less on validation images, same transform", gap, "<= 0.2",
         gap <= 0.2, "warning",
         "The network knows its training images by heart: more augmentation or weight decay.",
     ))

@@ -403,6 +403,39 @@ class Progress:
         self._handle.update(self._bundle(since_last_record), raw=True)
 
 
+class Counter:
+    """A line under a cell that counts: `with live.Counter("pictures read") as count: ...`, then
+    `count(done, total)` as often as one likes.
+    """
+
+    def __init__(self, what: str):
+        self.what = what
+        self._began = self._shown_at = time.monotonic()
+        self._done = self._total = 0
+        self._handle = None
+
+    def __enter__(self) -> "Counter":
+        self._handle = display(self._bundle(), raw=True, display_id=True)
+        return self
+
+    def __call__(self, done: int, total: int) -> None:
+        self._done, self._total = done, total
+        if time.monotonic() - self._shown_at > TICK_SECONDS:
+            self._shown_at = time.monotonic()
+            self._handle.update(self._bundle(), raw=True)
+
+    def __exit__(self, kind: type[BaseException] | None, error, traceback) -> None:
+        self._handle.update(self._bundle(), raw=True)
+
+    def _bundle(self) -> dict[str, str]:
+        seconds = time.monotonic() - self._began
+        said = f"{self._done:,} of {self._total:,} {self.what} in {duration(seconds)}"
+        if 0 < self._done < self._total:
+            rate = self._done / seconds
+            said += f" ({rate:,.0f} a second, {duration((self._total - self._done) / rate)} left)"
+        return {"text/plain": said, "text/html": f"<div>{html.escape(said)}</div>"}
+
+
 # --------------------------------------------------------------------------------------------
 # On a terminal
 # --------------------------------------------------------------------------------------------

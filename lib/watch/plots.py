@@ -23,7 +23,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
+from matplotlib.textpath import text_to_path
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 WIDE, NARROW = 760, 350
@@ -702,16 +704,17 @@ def bars_with_intervals(
     values: Sequence[float],
     lows: Sequence[float],
     highs: Sequence[float],
+    title: str = "Accuracy by class, with its 95 % interval",
+    note: str = "",
 ) -> Figure:
-    """One value a class with its confidence interval; of many classes, the 30 lowest."""
+    """A share for each name, with a range around it; of many names, the 30 lowest."""
     theme = _theme()
     order = list(range(len(names)))
-    title = "Accuracy by class, with its 95 % interval"
     if len(order) > 40:
-        title = f"The 30 of {len(order):,} classes with the lowest accuracy"
+        note = f"{note}{'; ' * bool(note)}the lowest 30 of {len(order):,}"
         order = sorted(order, key=lambda index: values[index])[:30]
     figure = _figure(70 + 21 * len(order))
-    axes = _axes(figure, title)
+    axes = _axes(figure, title, note=note)
     axes.grid(True, axis="x")
     axes.grid(False, axis="y")
     for place, index in enumerate(order):
@@ -729,6 +732,43 @@ def bars_with_intervals(
     axes.set_xlim(max(0.0, min(chosen, default=0) - 0.02), 1.0)
     axes.xaxis.set_major_locator(MaxNLocator(4 if _is_narrow() else 7))
     _percents(axes.xaxis, axes.get_xlim())
+    return figure
+
+
+@_house
+def precision_recall(
+    recalls: Sequence[float],
+    curves: dict[str, np.ndarray],
+    class_curves: np.ndarray | None = None,
+) -> Figure:
+    """Precision at each recall; a curve's mean, written beside its name, is its AP.
+
+    recalls: (R,) rising from 0 to 1. curves: (R,) each, over all classes. class_curves: (K, R),
+    drawn thin and pale; NaN for a class without ground truth.
+    """
+    theme = _theme()
+    if not any(np.isfinite(curve).any() for curve in curves.values()):
+        return _nothing("Precision over recall", "no object to measure it on")
+    figure = _figure(400 if _is_narrow() else 340)
+    thin = class_curves is not None and np.isfinite(class_curves).any()
+    axes = _axes(figure, "Precision over recall", "recall",
+                 "thin: single classes at IoU 0.5" if thin else "")
+    if thin:
+        for curve in class_curves[np.isfinite(class_curves).all(1)]:
+            axes.plot(recalls, curve, color=theme.muted, alpha=0.4, linewidth=0.8)
+    lines = []
+    for (label, curve), colour, style in zip(curves.items(), theme.series, ("-", "--", "-."),
+                                             strict=False):
+        lines += axes.plot(recalls, curve, style, color=colour, linewidth=2, clip_on=False,
+                           label=f"{label}: {_percent(np.nanmean(curve))}")
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1.02)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(5))
+        _percents(axis, (0, 1))
+    # Below the axes: a curve may lie anywhere on them.
+    figure.legend(handles=lines, loc="outside lower left", ncols=1 if _is_narrow() else len(lines),
+                  handlelength=2.6, fontsize=8.4, labelcolor="linecolor")
     return figure
 
 
@@ -766,6 +806,15 @@ def histogram(counts: Sequence[float], names: Sequence[str]) -> Figure:
     return figure
 
 
+# --------------------------------------------------------------------------------------------
+# Pictures
+# --------------------------------------------------------------------------------------------
+
+TRUTH, FOUND, CASING = DARK.series[0], DARK.series[4], "#14171b"
+"""Blue and amber, told apart with any colour vision; on a photograph both need a dark edge."""
+LABEL_SIZE, LABEL_HEIGHT = 6.4, 11  # points; CSS pixels of the box around a label
+
+
 @_house
 def image_grid(
     images: Sequence[np.ndarray], captions: Sequence[str], columns: int = 8
@@ -773,28 +822,44 @@ def image_grid(
     """Pictures (height, width[, 3]) uint8 in a grid, a small caption under each."""
     if not len(images):
         return _nothing("", "no picture")
+    figure, _ = _pictures(images, captions, min(columns, max(4, len(images))))
+    return figure
+
+
+def _pictures(
+    images: Sequence[np.ndarray], captions: Sequence[str], columns: int, header: int = 0
+) -> tuple[Figure, list[tuple[float, float, float, float]]]:
+    """The grid, and where each picture lies: left, top, width, height on its one axes.
+
+    The axes' coordinates are CSS pixels from the upper left; `header` of them stay free there.
+    """
     theme = _theme()
-    columns = min(columns, max(4, len(images)))
-    rows = math.ceil(len(images) / columns)
     lines = max((str(caption).count("\n") + 1 for caption in captions if caption), default=0)
-    gap, line_height = 12, 13  # CSS pixels, as are all coordinates of the axes
+    gap, line_height = 12, 13
     side = (WIDE - gap * (columns - 1)) / columns
-    pitch = side + lines * line_height + gap
-    height = rows * pitch
-    figure = Figure(figsize=(WIDE / 100, height / 100), dpi=100)
+    shapes = [np.shape(image)[:2] for image in images]
+    sizes = [(side * wide / max(tall, wide), side * tall / max(tall, wide))
+             for tall, wide in shapes]
+    heights = [max(tall for _, tall in sizes[first: first + columns])
+               for first in range(0, len(images), columns)]  # of each row of the grid
+    below = lines * line_height + gap
+    figure_height = header + sum(heights) + below * len(heights)
+    figure = Figure(figsize=(WIDE / 100, figure_height / 100), dpi=100)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
+    places = []
     for index, image in enumerate(images):
         row, column = divmod(index, columns)
         pixels = np.asarray(image)
         if pixels.ndim == 3 and pixels.shape[2] == 1:
             pixels = pixels[:, :, 0]
-        scale = side / max(pixels.shape[:2])
-        tall, wide = (length * scale for length in pixels.shape[:2])
-        left, bottom = column * (side + gap), row * pitch + side
+        wide, tall = sizes[index]
+        left = column * (side + gap)
+        bottom = header + sum(heights[: row + 1]) + below * row
+        places.append((left, bottom - tall, wide, tall))
         axes.imshow(pixels, cmap="gray", vmin=0, vmax=255,
                     extent=(left, left + wide, bottom, bottom - tall),
-                    interpolation="nearest" if scale > 1 else "antialiased")
+                    interpolation="nearest" if side > max(shapes[index]) else "antialiased")
         axes.add_patch(Rectangle((left, bottom - tall), wide, tall, fill=False, linewidth=0.7,
                                  edgecolor=theme.grid))
         caption = str(captions[index]) if index < len(captions) else ""
@@ -802,6 +867,108 @@ def image_grid(
             axes.text(left, bottom + 4 + line_height * line, _short(words, int(side / 5.6)),
                       va="top", fontsize=7.3, color=theme.muted if line else theme.ink)
     axes.set_xlim(-0.5, WIDE + 0.5)
-    axes.set_ylim(height, -0.5)
+    axes.set_ylim(figure_height, -0.5)
     axes.set_aspect("auto")
+    return figure, places
+
+
+Labelled = tuple[np.ndarray, Sequence[str]]
+"""Boxes (n, 4), cxcywh normalized by their picture, and a short text for each."""
+
+
+@_house
+def box_grid(
+    images: Sequence[np.ndarray],
+    truths: Sequence[Labelled],
+    founds: Sequence[Labelled] | None = None,
+    captions: Sequence[str] = (),
+    crowds: Sequence[np.ndarray] | None = None,
+) -> Figure:
+    """Pictures (height, width[, 1 or 3]) uint8 of any sizes, with boxes drawn in them.
+
+    True boxes are solid, found ones dashed, crowd regions (n, 4) hatched. A box with an empty text
+    has no label, nor one whose label finds no free place in its picture.
+    """
+    if not len(images):
+        return _nothing("", "no picture")
+    columns = 2 if len(images) <= 4 else 3 if len(images) <= 12 else 4
+    figure, places = _pictures(images, captions, columns, header=22 if founds is not None else 0)
+    axes = figure.axes[0]
+    for index, place in enumerate(places):
+        for box in () if crowds is None else crowds[index]:
+            _draw_box(axes, _inside(box, place), TRUTH, hatch="////")
+        taken: list[tuple[float, float, float, float]] = []
+        kinds = [(*truths[index], TRUTH, False)]
+        if founds is not None:
+            kinds.append((*founds[index], FOUND, True))
+        for boxes, _, colour, dashed in kinds:
+            for box in boxes:
+                _draw_box(axes, _inside(box, place), colour, dashed)
+        # Found boxes, the fewer, choose first; their labels hang below, those of the true ones above.
+        for boxes, words, colour, below in reversed(kinds):
+            for box, text in zip(boxes, words, strict=True):
+                if text:
+                    _label_box(axes, _inside(box, place), text, colour, place, taken, below)
+    if founds is not None:
+        _box_legend(axes, crowds is not None and any(map(len, crowds)))
     return figure
+
+
+def _inside(box: np.ndarray, place: tuple) -> tuple[float, float, float, float]:
+    """A normalized cxcywh box as left, top, right, bottom on the axes, its line in the picture."""
+    left, top, wide, tall = place
+    cx, cy, w, h = map(float, box)
+    xs = (np.clip((cx - w / 2, cx + w / 2), 0, 1) * wide).clip(0.8, wide - 0.8) + left
+    ys = (np.clip((cy - h / 2, cy + h / 2), 0, 1) * tall).clip(0.8, tall - 0.8) + top
+    return float(xs[0]), float(ys[0]), float(xs[1]), float(ys[1])
+
+
+def _draw_box(
+    axes: Axes, corners: tuple, colour: str, dashed: bool = False, hatch: str = ""
+) -> None:
+    left, top, right, bottom = corners
+    for edge, width, alpha, inner in ((CASING, 2.4, 0.6, ""), (colour, 1.3, 1.0, hatch)):
+        # Dashes count in line widths: these end in the same places, and leave a box below visible.
+        style = (0, (4.5 / width, 2.6 / width)) if dashed else "-"
+        axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False,
+                                 edgecolor=edge, linewidth=width, alpha=alpha, linestyle=style,
+                                 hatch=inner, capstyle="butt"))
+
+
+def _label_box(
+    axes: Axes, corners: tuple, text: str, colour: str, picture: tuple, taken: list, below: bool
+) -> None:
+    """Write a label at its box, inside the picture and upon no other; where none fits, nothing."""
+    text = _short(text, 26)
+    font = FontProperties(family="DejaVu Sans", size=LABEL_SIZE, weight="bold")
+    # Points to CSS pixels, and room at both sides.
+    width = text_to_path.get_text_width_height_descent(text, font, False)[0] * 100 / 72 + 4
+    (left, top, right, bottom), height = corners, LABEL_HEIGHT
+    heights = [bottom, bottom - height, top, top - height]
+    x0, y0, wide, tall = picture
+    for y in [*(heights if below else heights[::-1]), (top + bottom - height) / 2]:
+        for x in (left, right - width):
+            x = min(max(x, x0), x0 + wide - width)
+            if x < x0 or y < y0 or y + height > y0 + tall:
+                continue
+            if any(x < other[2] and other[0] < x + width and y < other[3] and other[1] < y + height
+                   for other in taken):
+                continue
+            taken.append((x, y, x + width, y + height))
+            axes.add_patch(Rectangle((x, y), width, height, facecolor=colour, linewidth=0,
+                                     alpha=0.88))
+            axes.text(x + 2, y + height / 2, text, va="center_baseline", fontproperties=font,
+                      color=CASING)
+            return
+
+
+def _box_legend(axes: Axes, with_crowds: bool) -> None:
+    """What the lines mean, above the pictures."""
+    x = 0
+    for words, colour, dashed, hatch in (
+        ("annotated", TRUTH, False, ""), ("found, with its score", FOUND, True, ""),
+        ("crowd region", TRUTH, False, "////"),
+    )[: 3 if with_crowds else 2]:
+        _draw_box(axes, (x + 1, 2, x + 21, 13), colour, dashed, hatch)
+        axes.text(x + 28, 7.5, words, va="center", fontsize=8.2, color=_theme().ink)
+        x += 60 + 5.6 * len(words)

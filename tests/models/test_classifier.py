@@ -97,7 +97,7 @@ def test_weights_of_the_same_network_are_loaded_whole(tmp_path, suffix, wrapping
     else:
         state = donor.state_dict()
         torch.save(state if wrapping is None else {wrapping: state, "epoch": 3}, file)
-    report = weights.load(model, file)
+    report = weights.fill(model, weights.read_state_dict(file))
     assert (report.num_loaded, report.num_expected, report.share) == (9, 9, 1.0)
     assert not report.missing and not report.mismatched and not report.unused
     for name, tensor in donor.state_dict().items():
@@ -113,7 +113,7 @@ def test_what_is_missing_of_another_shape_or_unused_is_listed_and_the_rest_loade
     state["neck.weight"] = torch.ones(2)
     torch.save(state, file)
     head = model.head.weight.clone()
-    report = weights.load(model, file)
+    report = weights.fill(model, weights.read_state_dict(file))
     assert report.missing == ("norm.weight",) and report.unused == ("neck.weight",)
     assert set(report.mismatched) == {"head.weight", "head.bias"}
     assert (report.num_loaded, report.share) == (6, 6 / 9)
@@ -125,7 +125,7 @@ def test_a_file_of_another_network_fails_the_gate(tmp_path):
     """D13 of the failures: weights never loaded, and nobody noticed."""
     save_file({f"backbone.{k}": v for k, v in Small().state_dict().items()},
               tmp_path / "weights.safetensors")
-    report = weights.load(Small(), tmp_path / "weights.safetensors")
+    report = weights.fill(Small(), weights.read_state_dict(tmp_path / "weights.safetensors"))
     assert report.share == 0
     (check,) = contracts.weights_loaded(report)
     assert not check.passed and check.severity == "error"
@@ -148,7 +148,7 @@ def test_a_file_that_is_no_weights_file_is_refused_with_its_size_and_first_bytes
     model = Small()
     before = model.body.weight.clone()
     with pytest.raises(BadInput) as caught:
-        weights.load(model, file)
+        weights.fill(model, weights.read_state_dict(file))
     text = str(caught.value)
     assert str(file) in text and f"{len(content):,} bytes" in text and repr(content[:16]) in text
     assert torch.equal(model.body.weight, before)
@@ -156,10 +156,10 @@ def test_a_file_that_is_no_weights_file_is_refused_with_its_size_and_first_bytes
 
 def test_a_missing_file_and_a_file_without_named_tensors_are_refused(tmp_path):
     with pytest.raises(BadInput, match="no such weights file"):
-        weights.load(Small(), tmp_path / "nowhere.pth")
+        weights.fill(Small(), weights.read_state_dict(tmp_path / "nowhere.pth"))
     torch.save(torch.ones(3), tmp_path / "one.pth")
     with pytest.raises(BadInput, match="not named tensors"):
-        weights.load(Small(), tmp_path / "one.pth")
+        weights.fill(Small(), weights.read_state_dict(tmp_path / "one.pth"))
 
 
 class Payload:
@@ -182,7 +182,7 @@ def test_code_in_a_weights_file_is_refused_and_not_run(tmp_path, writer):
     else:
         file.write_bytes(pickle.dumps(state))
     with pytest.raises(BadInput, match="not a readable weights file"):
-        weights.load(Small(), file)
+        weights.fill(Small(), weights.read_state_dict(file))
     assert not trap.exists()
     if writer == "pickle":  # the trap works
         pickle.loads(file.read_bytes())["extra"].close()

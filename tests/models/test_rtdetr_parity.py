@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lib.models import rtdetr, rtdetr_loss
+from lib.models import rtdetr, rtdetr_loss, weights
 
 transformers = pytest.importorskip("transformers")
 
@@ -55,7 +55,6 @@ def make_pair(block: str, num_layers: int, freeze: bool = False):
         num_decoder_layers=num_layers,
         num_queries=NUM_QUERIES,
         num_denoising=12,
-        freeze_pretrained=freeze,
     )
     rtdetr.VARIANTS["parity"] = config
     ours = rtdetr.build("parity", NUM_CLASSES)
@@ -72,8 +71,8 @@ def make_pair(block: str, num_layers: int, freeze: bool = False):
             scale = (gain / tensor[0].numel()) ** 0.5 if tensor.dim() > 1 else 0.1
             tensor.copy_(scale * torch.randn(tensor.shape, generator=generator))
     theirs.model.denoising_class_embed.weight.data[-1] = 0  # the padding row
-    report = rtdetr.load_official(ours, rtdetr.from_hugging_face(theirs.state_dict()))
-    assert report.percent == 100 and not report.unexpected, str(report)
+    report = weights.fill(ours, rtdetr.own_names(theirs.state_dict()))
+    assert report.share == 1 and not report.unused, report
     if freeze:
         ours.freeze_stem_and_norms()
     return theirs, ours
@@ -255,7 +254,7 @@ def test_files_of_both_layouts_load_whole(tmp_path):
     for file in ("model.safetensors", "ema.pth", "model.pth"):
         for parameter in ours.parameters():
             torch.nn.init.zeros_(parameter)
-        report = rtdetr.load_published(ours, tmp_path / file)
-        assert report.percent == 100 and not report.unexpected, str(report)
-        assert ours.norms_frozen
+        state = weights.read_state_dict(tmp_path / file)
+        report = weights.fill(ours, rtdetr.own_names(state))
+        assert report.share == 1 and not report.unused, report
         torch.testing.assert_close(ours.eval()(images).boxes, wanted.boxes)
