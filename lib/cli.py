@@ -2,11 +2,12 @@
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 
 from lib import __version__
-from lib.errors import BadInput, ShakedownError
+from lib.errors import BadInput, Interrupted, ShakedownError
 
 DESCRIPTION = "Prove a vision training run on cheap minutes before the long, paid one."
 EXIT_CODES = """exit codes: 0 passed, 2 bad input, 3 a gate failed, 4 budget reached,
@@ -33,6 +34,27 @@ def parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser("report", help="render a run folder's report again")
     report.add_argument("run", type=Path, help="run folder, such as outputs/demo_classify")
+
+    download = commands.add_parser(
+        "download", help="a public data set: fetched, unpacked, counted",
+        description="Fetch a public data set. What has arrived stays when it stops, and the same "
+        "command goes on. 60 s without a byte is a failed attempt; after 6 that bring nothing new "
+        "it ends.",
+    )
+    download.add_argument("dataset", help="coco: COCO 2017, 20 GB, twice that while unpacking")
+    download.add_argument("--root", type=Path, help="where to (default: data/DATASET)")
+    download.add_argument("--base-url", metavar="URL", help="a mirror with the same paths below it")
+    download.add_argument("--keep-archives", action="store_true",
+                          help="leave the archives in place once everything is unpacked")
+
+    convert = commands.add_parser(
+        "convert", help="COCO JSON to YOLO text, or back",
+        description="Write the other format's labels beside the pictures; nothing is overwritten.",
+    )
+    convert.add_argument("root", type=Path, help="folder of the data set")
+    convert.add_argument("--to", choices=("coco", "yolo"), required=True, help="what to write")
+    convert.add_argument("--train", default="train", metavar="SPLIT", help="such as train2017")
+    convert.add_argument("--val", default="val", metavar="SPLIT")
 
     lab = commands.add_parser("lab", help="JupyterLab on this machine only, with a token")
     lab.add_argument("--port", type=int, default=8888)
@@ -93,6 +115,65 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
+def _download(options: argparse.Namespace) -> int:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        from lib.datasets.download import SOURCES, download
+        from lib.params import ROOT
+
+        if options.dataset not in SOURCES:
+            raise BadInput(f"{options.dataset}: no such data set; choose from {', '.join(SOURCES)}")
+        source = SOURCES[options.dataset]
+        base_url = options.base_url or source.base_url
+        if not base_url.startswith(("http://", "https://")):
+            raise BadInput(f"--base-url {base_url}: must begin with http:// or https://")
+        root = (options.root or ROOT / "data" / options.dataset).absolute()
+        splits = download(source, root, base_url, options.keep_archives)
+    except KeyboardInterrupt:
+        raise Interrupted("stopped; what has arrived stays, and the same command goes on") from None
+    _print_census(options.dataset, splits)
+    print(f"complete: {root}")
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from lib.datasets import coco, convert, yolo_txt
+    from lib.params import Data
+
+    source, target, write = {
+        "yolo": (coco, yolo_txt, convert.to_yolo), "coco": (yolo_txt, coco, convert.to_coco),
+    }[options.to]
+    root = options.root.absolute()
+    data = Data(root=str(root), train=options.train, val=options.val)
+    before = source.open_splits(data, 3)
+    _print_census("from", before)
+    try:
+        written = write(root, *before)
+    except OSError as error:
+        raise BadInput(f"{root}: cannot be written ({error})") from None
+    after = target.open_splits(data, 3)
+    _print_census("to", after)
+    for conversion, there in zip(written, after, strict=True):
+        print(f"wrote {conversion.to}")
+        if (there.census.used, there.census.boxes_used) != (conversion.images, conversion.boxes):
+            raise BadInput(
+                f"{conversion.to}: {conversion.images:,} pictures and {conversion.boxes:,} boxes "
+                f"were written, and opened again it has {there.census.used:,} and "
+                f"{there.census.boxes_used:,}: the folder of the pictures holds others too"
+            )
+    return 0
+
+
+def _print_census(title: str, splits: tuple) -> None:
+    """Pictures and boxes of each split: listed, used, and what was left out, with examples."""
+    for census in (split.census for split in splits):
+        print(f"{title} {census.split}: {census.used:,} of {census.listed:,} pictures used, "
+              f"{census.boxes_used:,} of {census.boxes_listed:,} boxes "
+              f"({census.crowd:,} crowd regions); {census.negatives:,} pictures hold none")
+        for reason, count in (*census.dropped.items(), *census.boxes_dropped.items()):
+            print(f"    left out: {count:,} {reason}, such as {census.examples[reason][0]}")
+
+
 def _lab(options: argparse.Namespace) -> int:
     from lib.params import ROOT
 
@@ -109,7 +190,8 @@ def _overrides(options: argparse.Namespace) -> dict:
     return dict(map(parse_override, options.overrides))
 
 
-COMMANDS = {"run": _run, "check": _check, "report": _report, "lab": _lab}
+COMMANDS = {"run": _run, "check": _check, "report": _report, "download": _download,
+            "convert": _convert, "lab": _lab}
 
 
 if __name__ == "__main__":

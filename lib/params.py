@@ -90,7 +90,7 @@ class BoxAugment(Section):
     """Probability of a horizontal flip."""
     zoom_out: Fraction = 0.0
     """Probability of placing the picture on a larger grey canvas (SSD, RT-DETR)."""
-    max_zoom_out: Annotated[float, Field(ge=1)] = 4.0
+    max_zoom_out: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 4.0
     """Largest side of that canvas, in sides of the picture."""
     iou_crop: Fraction = 0.0
     """Probability of a crop that keeps a box by a minimum IoU (SSD, RT-DETR)."""
@@ -440,6 +440,11 @@ class Params(Section):
                         "remove it"
                     )
         return self
+
+    @property
+    def headline(self) -> str:
+        """The metric that best, the target and patience follow."""
+        return "val/top1" if self.task == "classify" else f"val/{self.detect.headline}"
 
     def effective_lr(self, suggestion: float | None = None) -> float:
         """The peak learning rate at `train.batch_size`.

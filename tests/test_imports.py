@@ -27,11 +27,11 @@ ALLOWED = {
     # These start notebooks and never load a network.
     "pipeline": BASE | {"watch"},
     "remote": BASE,
-    "cli": BASE | {"watch", "pipeline", "remote", "preflight"},
+    "cli": BASE | {"watch", "pipeline", "remote", "preflight", "datasets"},
 }
 """`part` is the first name below lib; a finer name allows only that module."""
 
-LAZY = {("cli", "preflight"), ("cli", "pipeline"), ("cli", "watch")}
+LAZY = {("cli", part) for part in ("preflight", "pipeline", "watch", "datasets")}
 """Allowed inside functions only: `shakedown --help` must not load torch."""
 
 CONFINED = {

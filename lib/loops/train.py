@@ -94,7 +94,7 @@ def train(task: Task, params: Params, run: Run, lr: float) -> str:
         at, top = Position(**state["position"]), [tuple(entry) for entry in state["top"]]
         lr = state["lr"]
     run.record("event", event="train planned", steps=plan.num_steps, epochs=plan.num_epochs,
-               evals=plan.num_evals, lr=lr, guessing=task.guessing)
+               evals=plan.num_evals, lr=lr, headline=task.headline, guessing=task.guessing)
 
     # 3. Train: each turn of the loop is an evaluation where one is due, else a step.
     began = time.perf_counter() - at.seconds

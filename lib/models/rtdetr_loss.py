@@ -38,7 +38,8 @@ def losses(
 
     vfl, l1, giou are the last layer's, unweighted; encoder_*, aux_* (the layers between) and dn_*
     are sums over their layers; *_weighted are the sums of all of a kind times the published weights
-    1, 5, 2, and loss is their sum.
+    1, 5, 2, and loss is their sum. last_layer is the last layer's part of it, which is all of the
+    loss in evaluation.
     `reduce_num_boxes` maps this process's number of boxes, a 0-d tensor, to the mean over all
     processes, so that a box weighs the same whichever process holds it. `matcher` stands in for
     `match`: `fixed_match` in a dry run.
@@ -69,7 +70,8 @@ def losses(
         "vfl_weighted": WEIGHT_VFL * vfl, "l1_weighted": WEIGHT_L1 * l1,
         "giou_weighted": WEIGHT_GIOU * giou,
     }
-    terms = {"loss": sum(weighted.values()), **weighted}
+    last_layer = WEIGHT_VFL * stacked[0, 0] + WEIGHT_L1 * stacked[0, 1] + WEIGHT_GIOU * stacked[0, 2]
+    terms = {"loss": sum(weighted.values()), **weighted, "last_layer": last_layer}
     for prefix, group in zip(groups, stacked.detach(), strict=True):
         terms |= {prefix + name: t for name, t in zip(("vfl", "l1", "giou"), group, strict=True)}
     return terms

@@ -49,10 +49,9 @@ class Predictions:
 class Classify:
     """Any timm model on a data set of labelled images."""
 
-    headline = "val/top1"
-
     def __init__(self, params: Params, device: torch.device):
         self.params, self.device = params, device
+        self.headline = params.headline
         self.train_data, self.val_data = FORMATS[params.data.format](
             params.data, params.model.in_chans
         )

@@ -39,7 +39,7 @@ class Detect:
         self.class_names = self.train_data.class_names
         self.num_classes = head_width(params, self.class_names)
         self.num_train, self.num_val = len(self.train_data), len(self.val_data)
-        self.headline = f"val/{params.detect.headline}"
+        self.headline = params.headline
         self.guessing: dict[str, float] = {}
         self.family, _ = family_of(params.model.name)
         model = self.network(params, self.num_classes, params.model.pretrained)

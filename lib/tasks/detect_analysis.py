@@ -73,6 +73,8 @@ def intervals(
     another training's seed. Where all halves agree, as on a perfect score, the width is 0.
     """
     num_images, names = len(data), ("mAP50", "mAP")
+    if num_images < 2:
+        return []
     rng, size = np.random.default_rng(0), num_images // 2
     draws = []
     for _ in range(20 if num_images <= 1000 else 10):
@@ -257,11 +259,14 @@ def _errors(data: DetectionDataset, matches: Matches) -> View:
     counts["missed"] = matches.unexplained
     errors = matches.missed + matches.false
     worst = _worst(errors)
+    judged = f"No box reaches score {SHOWN_SCORE}: all {_count(objects)} are missed."
+    if shown:
+        judged = (f"At score >= {SHOWN_SCORE} and IoU {MATCH_IOU}, {missed:,} of {_count(objects)} "
+                  f"are missed and {false:,} of {shown:,} boxes are false, {counts['class']:,} of "
+                  "them on an object of another class.")
     return View(
         title=title,
-        says=f"At score >= {SHOWN_SCORE} and IoU {MATCH_IOU}, {missed:,} of {_count(objects)} are "
-        f"missed and {false:,} of {shown:,} boxes are false, {counts['class']:,} of them on an "
-        f"object of another class. {len(worst)} pictures hold {errors[worst].sum():,} of these "
+        says=f"{judged} The pictures below hold {errors[worst].sum():,} of these "
         f"{errors.sum():,} errors; what is right is not labelled.",
         draw=_drawn(data, matches, worst),
         alt="the pictures with most errors: annotated boxes solid, found ones dashed",
@@ -278,6 +283,8 @@ def _worst(errors: np.ndarray) -> np.ndarray:
 def _drawn(data: DetectionDataset, matches: Matches, chosen: np.ndarray) -> partial:
     """Draws these pictures with annotated and found boxes."""
     images, truths, founds, captions, crowds = [], [], [], [], []
+    # Outputs of the head beyond the data's classes have no name.
+    names = dict(enumerate(data.class_names))
     for i in chosen:
         image = data.pixels(data.open(i))
         image.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
@@ -286,14 +293,14 @@ def _drawn(data: DetectionDataset, matches: Matches, chosen: np.ndarray) -> part
         crowds.append(data.boxes[objects[data.is_crowd[objects]]])
         objects = objects[~data.is_crowd[objects]]
         truths.append((data.boxes[objects], [
-            "" if found else data.class_names[label] for found, label in
+            "" if found else names[label] for found, label in
             zip(matches.found[objects], data.labels[objects], strict=True)
         ]))
         rows = np.flatnonzero(matches.shown.images == i)
         founds.append((matches.shown.boxes[rows], [
             "" if matches.kinds[row] not in KINDS else
-            f"{data.class_names[matches.shown.labels[row]]} {matches.shown.scores[row]:.2f}"
-            for row in rows
+            f"{names.get(label, f'output {label}')} {score:.2f}" for row, label, score in
+            zip(rows, matches.shown.labels[rows].tolist(), matches.shown.scores[rows], strict=True)
         ]))
         captions.append(f"{matches.missed[i]} missed, {matches.false[i]} false\n"
                         f"{Path(data.paths[i]).name}")

@@ -158,7 +158,9 @@ class YOLO:
             params.detect.box_gain, params.detect.cls_gain, params.detect.dfl_gain
         )
         size = tuple(batch["images"].shape[-2:])
-        return yolo_loss.yolo_loss(outputs, batch["boxes"], batch["labels"], size, gains)
+        terms = yolo_loss.yolo_loss(outputs, batch["boxes"], batch["labels"], size, gains)
+        # The published learning rates of this family are for a loss summed over the images.
+        return terms | {"loss": terms["loss"] * params.train.batch_size}
 
     @staticmethod
     def scores(outputs: yolo.YOLOOutputs) -> Tensor:

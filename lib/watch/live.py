@@ -89,7 +89,8 @@ class Status:
     """Smoothed; the plain value where that is not finite."""
     lr: float | None = None
     headline: tuple[str, float] | None = None
-    """Name and value of the first metric of the latest evaluation."""
+    """Name and value of the headline metric in the latest evaluation."""
+    headline_name: str = ""
     elapsed: float = 0.0
     """Seconds of running up to the last record, over all resumed tries."""
 
@@ -116,6 +117,7 @@ class Status:
             total_epochs=params.train.epochs if train else None,
             eval_every_epochs=params.train.eval_every_epochs if train else None,
             dollars_per_hour=params.machine.dollars_per_hour,
+            headline_name=params.headline,
         )
 
     # -- taking records in ----------------------------------------------------------------------
@@ -188,10 +190,8 @@ class Status:
     def _add_eval(self, row: dict) -> None:
         self._last_eval_step = row.get("step", self.step)
         self._eval_seconds.append(number(row.get("seconds", 0.0)))
-        for name, value in row.items():
-            if name.startswith("val/") and name != "val/loss":
-                self.headline = (name, number(value))
-                break
+        if self.headline_name in row:
+            self.headline = (self.headline_name, number(row[self.headline_name]))
 
     # -- what follows from them -----------------------------------------------------------------
 

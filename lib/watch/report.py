@@ -33,9 +33,6 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 STAGE_NAMES = {"setup": "Setup", "overfit": "Overfit", "lr_finder": "LR finder",
                "train": "Train", "analysis": "Analysis"}
-HEADLINES = {"classify": "val/top1", "detect": "val/mAP", "pretrain": "val/knn"}
-"""The metric a task's runs are known by."""
-
 DIAGNOSTICS = ("_low", "_high", "_raw", "_relabelled", "uniform_loss", "_random_init")
 """Ends of metric names that serve a check or an interval, not a reader of the index."""
 
@@ -366,7 +363,7 @@ class Metric:
     """Its 95 % interval, where the summary has one."""
 
 
-def _metrics(summary: dict, task: str) -> tuple[Metric | None, list[Metric]]:
+def _metrics(summary: dict, headline: str) -> tuple[Metric | None, list[Metric]]:
     """(the headline, what stands beside it), as far as the summary has them."""
     values = summary.get("metrics", {})
 
@@ -378,7 +375,6 @@ def _metrics(summary: dict, task: str) -> tuple[Metric | None, list[Metric]]:
         key: Metric(plots.metric_name(key), _metric_value(key, value), value, interval(key))
         for key, value in values.items()
     }
-    headline = HEADLINES[task]
     beside = [key for key in found if key.startswith("val/") and key != headline
               and not key.endswith(DIAGNOSTICS)]
     beside.append(headline.replace("val/", "train/"))
@@ -431,7 +427,7 @@ def render_run(run: Run) -> Path:
             render_notebook(gate.notebook, run.report / f"{gate.stage}.html", gate.name,
                             run.name, gates)
     summary = read_json(run.summary_file) or {}
-    headline, metrics = _metrics(summary, params.task)
+    headline, metrics = _metrics(summary, params.headline)
     manifest = read_json(run.manifest_file) or {}
     changed, sections, total = _grouped(params)
     seconds = [gate.seconds for gate in gates if gate.seconds is not None]
@@ -483,7 +479,7 @@ def render_all(outputs: Path) -> Path:
         except BadInput:
             continue  # of another version of Shakedown: it has its own report
         gates = _gates(run, list(read_records(run.records_file)), params.machine.dollars_per_hour)
-        headline, _ = _metrics(read_json(run.summary_file) or {}, params.task)
+        headline, _ = _metrics(read_json(run.summary_file) or {}, params.headline)
         rows.append({
             "name": run.name, "task": params.task, "model": params.model.name,
             "status": _overall(gates), "gates": gates, "headline": headline,
