@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit
 from torch import nn
 
 from lib.datasets.box_transforms import fit
@@ -87,7 +87,7 @@ def intervals(
         value, values = result.metrics[name], values[np.isfinite(values)]
         if np.isfinite(value) and len(values) > 1:
             error = values.std(ddof=1) * np.sqrt(size / (num_images - size))
-            width = float(stats.t.ppf(0.975, len(values) - 1) * error)
+            width = float(stdtrit(len(values) - 1, 0.975) * error)  # t quantile
             rows.append((f"val/{name}", value, max(0.0, value - width), min(1.0, value + width),
                          num_images))
     return rows

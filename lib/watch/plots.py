@@ -904,7 +904,7 @@ def box_grid(
         for boxes, _, colour, dashed in kinds:
             for box in boxes:
                 _draw_box(axes, _inside(box, place), colour, dashed)
-        # Found boxes, the fewer, choose first; their labels hang below, those of the true ones above.
+        # Found boxes, the fewer, choose first: their labels hang below, true ones' stand above.
         for boxes, words, colour, below in reversed(kinds):
             for box, text in zip(boxes, words, strict=True):
                 if text:

@@ -48,6 +48,7 @@ EMPTY = [
     lambda: plots.overfit_curve([]),
     lambda: plots.speed([]),
     lambda: plots.image_grid([], []),
+    lambda: plots.box_grid([], []),
 ]
 
 
@@ -183,6 +184,29 @@ def test_of_many_classes_the_lowest_are_shown():
     assert "30 of 1,000" in shown
 
 
+def test_any_share_is_drawn_with_its_own_words():
+    shown = texts(plots.bars_with_intervals(["a"], [0.5], [0.4], [0.6], "AP by class", "to AP50"))
+    assert "AP by class" in shown and "to AP50" in shown and "Accuracy" not in shown
+
+
+RECALLS = np.linspace(0, 1, 101)
+
+
+def test_precision_recall_writes_each_curve_s_mean_beside_its_name():
+    curves = {"IoU 0.50": np.where(RECALLS <= 0.5, 1.0, 0.0), "IoU 0.75": 0.25 * np.ones(101)}
+    shown = texts(plots.precision_recall(RECALLS, curves))
+    assert "IoU 0.50: 50.5 %" in shown and "IoU 0.75: 25.0 %" in shown and "thin" not in shown
+
+
+def test_single_classes_are_thin_lines_and_those_without_ground_truth_are_left_out():
+    classes = np.stack([np.ones(101), np.full(101, np.nan), np.zeros(101)])
+    figure = plots.precision_recall(RECALLS, {"all": np.ones(101)}, classes)
+    assert len(figure.axes[0].lines) == 3 and "thin: single classes" in texts(figure)
+    assert len(plots.precision_recall(RECALLS, {"all": np.ones(101)}).axes[0].lines) == 1
+    missing = plots.precision_recall(RECALLS, {"all": np.full(101, np.nan)}, classes * np.nan)
+    assert "no object to measure it on" in texts(missing)
+
+
 def test_histogram_counts_few_classes_and_outlines_many():
     assert "1,300" in texts(plots.histogram([1300, 7], ["a", "b"]))
     assert "median 50" in texts(plots.histogram([50] * 99 + [900], [str(n) for n in range(100)]))
@@ -197,6 +221,60 @@ def test_image_grid_takes_grey_and_colour_of_any_shape():
     for image, pixels in zip(figure.axes[0].images, images, strict=True):
         left, right, bottom, top = image.get_extent()
         assert (right - left) / (bottom - top) == pytest.approx(pixels.shape[1] / pixels.shape[0])
+
+
+def rectangles(figure, colour, hatched=False):
+    """left, top, right, bottom of the boxes drawn as lines of one colour."""
+    wanted = matplotlib.colors.to_rgba(colour)
+    return [(*patch.get_xy(), patch.get_x() + patch.get_width(),
+             patch.get_y() + patch.get_height())
+            for patch in figure.axes[0].patches
+            if not patch.get_fill() and patch.get_edgecolor() == wanted
+            and bool(patch.get_hatch()) == hatched]
+
+
+def test_boxes_lie_in_their_pictures_where_they_were_given():
+    images = [np.zeros((100, 200, 3), np.uint8), np.zeros((300, 100, 1), np.uint8)]
+    truths = [(np.array([[0.5, 0.5, 0.5, 0.5]]), ["cat"]), (np.zeros((0, 4)), [])]
+    founds = [(np.zeros((0, 4)), []), (np.array([[0.25, 0.1, 0.5, 0.2]]), ["dog 0.90"])]
+    crowds = [np.zeros((0, 4)), np.array([[0.5, 0.5, 1.0, 1.0]])]
+    figure = plots.box_grid(images, truths, founds, ["one", "two"], crowds)
+    (x0, x1, y1, y0), (u0, u1, v1, v0) = (image.get_extent() for image in figure.axes[0].images)
+    assert (x1 - x0) / (y1 - y0) == pytest.approx(2) and (v1 - v0) / (u1 - u0) == pytest.approx(3)
+    legend_and = rectangles(figure, plots.TRUTH)
+    assert legend_and[0] == pytest.approx((
+        x0 + (x1 - x0) / 4, y0 + (y1 - y0) / 4, x0 + 3 * (x1 - x0) / 4, y0 + 3 * (y1 - y0) / 4))
+    edge = 0.8  # half a line: it is drawn inside
+    assert rectangles(figure, plots.FOUND)[0] == pytest.approx((
+        u0 + edge, v0 + edge, (u0 + u1) / 2, v0 + (v1 - v0) / 5))
+    assert rectangles(figure, plots.TRUTH, hatched=True)[0] == pytest.approx(
+        (u0 + edge, v0 + edge, u1 - edge, v1 - edge))
+    assert {"cat", "dog 0.90", "one", "two", "annotated", "crowd region"} <= set(
+        texts(figure).splitlines())
+
+
+def test_labels_stay_in_the_picture_and_off_one_another():
+    """Forty boxes at all edges with long names: some are left out, none lies upon another."""
+    rng = np.random.default_rng(0)
+    boxes = np.concatenate((rng.uniform(0, 1, (40, 2)), rng.uniform(0.01, 0.4, (40, 2))), 1)
+    words = [f"a long name {n}" for n in range(40)]
+    figure = plots.box_grid([np.zeros((150, 200, 3), np.uint8)] * 5, [(boxes, words)] * 5)
+    labels = [patch.get_extents().transformed(figure.axes[0].transData.inverted())
+              for patch in figure.axes[0].patches if patch.get_fill()]
+    assert len(labels) % 5 == 0 and 5 <= len(labels) // 5 < 40
+    left, right, bottom, top = figure.axes[0].images[0].get_extent()
+    first = [(min(b.y0, b.y1), max(b.y0, b.y1), b.x0, b.x1) for b in labels[: len(labels) // 5]]
+    for index, (low, high, start, end) in enumerate(first):
+        assert left <= start + 1e-6 and end <= right + 1e-6
+        assert top <= low + 1e-6 and high <= bottom + 1e-6
+        assert not any(start < e - 1e-6 and s < end - 1e-6 and low < h - 1e-6 and lo < high - 1e-6
+                       for lo, h, s, e in first[:index])
+
+
+def test_without_found_boxes_there_is_no_legend_and_an_empty_text_is_no_label():
+    image, boxes = np.zeros((50, 50, 3), np.uint8), np.array([[0.5, 0.5, 0.2, 0.2]] * 2)
+    figure = plots.box_grid([image], [(boxes, ["", "seven"])])
+    assert texts(figure).split() == ["seven"]
 
 
 def sources(page):
