@@ -19,9 +19,9 @@ from lib.datasets.detection import DetectionDataset
 from lib.params import Data, resolve_path
 
 HEIGHT, WIDTHS = 128, (128, 160, 192)
-NUM_TRAIN, NUM_VAL = 400, 100
+NUM_TRAIN, NUM_VAL = 1000, 100
 SEED = 3
-DIGIT_SIDES = 16, 64  # height of a digit, pixels, log-uniform
+DIGIT_SIDES = 20, 64  # height of a digit, pixels, log-uniform
 MARGIN = 3  # pixels between any two digits
 
 
@@ -116,7 +116,7 @@ def make_scene(
     if kind in (3, 13):
         wanted, sides = 0, DIGIT_SIDES
     elif kind == 7:
-        wanted, sides = int(rng.integers(12, 21)), (16, 24)
+        wanted, sides = int(rng.integers(12, 21)), (18, 26)
     else:
         wanted, sides = int(rng.integers(1, 7)), DIGIT_SIDES
     if kind == 17:

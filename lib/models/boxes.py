@@ -41,7 +41,7 @@ def elementwise_giou(a: Tensor, b: Tensor) -> Tensor:
     smallest box around both. Unlike IoU it has a gradient when the boxes do not touch.
     """
     intersection, union = _intersection_and_union(a, b)
-    hull = _area(torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2]))
+    hull = area(torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2]))
     return intersection / (union + EPS) - (hull - union) / (hull + EPS)
 
 
@@ -59,12 +59,12 @@ def _intersection_and_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Areas (...) shared by and covered by two broadcasting sets of xyxy boxes."""
     low = torch.maximum(a[..., :2], b[..., :2])
     high = torch.minimum(a[..., 2:], b[..., 2:])
-    intersection = _area((high - low).clamp(min=0))
-    union = _area(a[..., 2:] - a[..., :2]) + _area(b[..., 2:] - b[..., :2]) - intersection
+    intersection = area((high - low).clamp(min=0))
+    union = area(a[..., 2:] - a[..., :2]) + area(b[..., 2:] - b[..., :2]) - intersection
     return intersection, union
 
 
-def _area(size: Tensor) -> Tensor:
-    """(..., 2) to (...). Not `prod`, whose backward makes the host wait for the device."""
+def area(size: Tensor) -> Tensor:
+    """Width times height: (..., 2) to (...). With `prod` backward would wait for the device."""
     width, height = size.unbind(-1)
     return width * height

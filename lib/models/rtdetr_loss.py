@@ -70,8 +70,9 @@ def losses(
         "vfl_weighted": WEIGHT_VFL * vfl, "l1_weighted": WEIGHT_L1 * l1,
         "giou_weighted": WEIGHT_GIOU * giou,
     }
-    last_layer = WEIGHT_VFL * stacked[0, 0] + WEIGHT_L1 * stacked[0, 1] + WEIGHT_GIOU * stacked[0, 2]
-    terms = {"loss": sum(weighted.values()), **weighted, "last_layer": last_layer}
+    terms = {"loss": sum(weighted.values()), **weighted}
+    vfl, l1, giou = stacked[0]
+    terms["last_layer"] = WEIGHT_VFL * vfl + WEIGHT_L1 * l1 + WEIGHT_GIOU * giou
     for prefix, group in zip(groups, stacked.detach(), strict=True):
         terms |= {prefix + name: t for name, t in zip(("vfl", "l1", "giou"), group, strict=True)}
     return terms

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from lib.models.boxes import cxcywh_to_xyxy, pairwise_iou, scale_boxes
+from lib.models.boxes import area, cxcywh_to_xyxy, pairwise_iou, scale_boxes
 from lib.models.yolo import (
     NUM_BINS,
     STRIDES,
@@ -179,8 +179,8 @@ def complete_iou(a: Tensor, b: Tensor) -> Tensor:
     eps = 1e-7
     size_a, size_b = a[..., 2:] - a[..., :2], b[..., 2:] - b[..., :2]
     low, high = torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])
-    intersection = (high - low).clamp(min=0).prod(-1)
-    iou = intersection / (size_a.prod(-1) + size_b.prod(-1) - intersection + eps)
+    intersection = area((high - low).clamp(min=0))
+    iou = intersection / (area(size_a) + area(size_b) - intersection + eps)
 
     hull = torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])
     center_offset = (a[..., :2] + a[..., 2:] - b[..., :2] - b[..., 2:]) / 2

@@ -405,6 +405,8 @@ def loss_curves(records: Sequence[dict]) -> Figure:
     terms = sorted({key for row in rows for key in row if key not in NOT_TERMS})
     terms = [term for term in terms
              if not np.array_equal(_series(rows, term)[1], losses, equal_nan=True)]
+    if any(term.endswith("_weighted") for term in terms):  # the parts that add up to the loss
+        terms = [term for term in terms if term.endswith("_weighted") or term == "last_layer"]
     for term, colour in zip(terms, theme.series[2:], strict=False):
         xs, ys = _finite(*_series(rows, term))
         if len(ys):
@@ -437,12 +439,14 @@ def loss_curves(records: Sequence[dict]) -> Figure:
 
 @_house
 def metric_curves(records: Sequence[dict]) -> Figure:
-    """Validation metrics over the train stage; the first also without EMA, dashed."""
+    """Validation metrics over the train stage; the headline also without EMA, dashed."""
     rows = _rows(records, "eval", "train")
     keys = [key for key in dict.fromkeys(key for row in rows for key in row)
             if "/" in key and not key.endswith(("loss", "_raw", "_relabelled"))]
     if not keys:
         return _nothing("Validation", "no evaluation recorded")
+    planned = [row["headline"] for row in _rows(records, "event", "train") if "headline" in row]
+    keys.sort(key=lambda key: key not in planned)  # the headline first, the others as they come
     theme = _theme()
     figure = _figure(300)
     axes = _axes(figure, "Validation", _step_label(_rows(records, "step", "train")))
