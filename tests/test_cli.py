@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lib import cli
-from lib.params import ROOT
+from lib.params import ROOT, load
 
 
 def said(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str]:
@@ -75,11 +75,22 @@ def test_every_params_file_passes_the_static_check_without_its_data(file: Path, 
     """The real runs' files load and check on a laptop; what is missing is said, with its place."""
     root = tmp_path / "nothing_here"
     overrides = [] if "demo" in file.name else ["--set", f"data.root={root}"]
+    weights = load(file).model.weights
+    if weights:  # another run's result: it must be there, and is named where it is not
+        assert weights.startswith("outputs/")
+        code, message = said(capsys, "check", str(file), *overrides, "--set", "model.weights=nope")
+        assert code == 2 and "nope: no such weights file" in message
+        overrides += ["--set", "model.weights=null"]
     assert cli.main(["check", str(file), *overrides]) == 0
     printed = capsys.readouterr().out
     assert "0 failed" in printed
     if overrides:
-        assert f"missing: {root}" in printed and f"{root}/train/CLASS/IMAGE" in printed
+        data = load(file).data
+        place = {
+            "folder": f"{data.train}/CLASS/IMAGE", "yolo": f"images/{data.train}",
+            "coco": f"annotations/instances_{data.train}.json",
+        }[data.format]
+        assert f"missing: {root}" in printed and f"{root}/{place}" in printed
 
 
 def test_the_imagenet_file_says_what_its_project_planned(capsys):

@@ -135,6 +135,8 @@ READ_IN_PARAMS = {
     # `Params.effective_lr` is called by the training and by every plan; its three inputs are read
     # nowhere else by necessity.
     "optim.lr", "optim.lr_rule", "optim.lr_batch_size",
+    # So is `Params.headline` by every task, and by the report of a run that never began.
+    "detect.headline",
 }
 
 
@@ -192,11 +194,24 @@ BASE = {
 }
 
 
+DETECT = {
+    "task": "detect", "model.name": "yolo_n", "data.format": "scenes", "data.image_size": 64,
+    "data.root": lambda world: str(world.scenes), "train.batch_size": 4,
+    "data.augment.scale": list(Params().data.augment.scale),
+}
+"""The changes to BASE that make it a run of detection."""
+
+
+def detect(**changes: Any) -> dict[str, Any]:
+    return DETECT | {key.replace("__", "."): value for key, value in changes.items()}
+
+
 @dataclass
 class World:
     """What an observation may use besides the params."""
 
     folder: Path
+    scenes: Path
     tmp_path: Path
     monkeypatch: pytest.MonkeyPatch
     runs: int = 0
@@ -204,9 +219,7 @@ class World:
     def params(self, **changes: Any) -> Params:
         file = self.tmp_path / "p.yaml"
         file.write_text("train: {epochs: 1}\n")
-        given = {"data.root": str(self.folder)} | BASE | changes
-        task = given.pop("task", "classify")  # so far it has one value; the copy is not checked
-        return params_module.load(file, given).model_copy(update={"task": task})
+        return params_module.load(file, {"data.root": str(self.folder)} | BASE | changes)
 
     def run(self, params: Params) -> Run:
         self.runs += 1
@@ -300,13 +313,14 @@ def learning_rates(params: Params, world: World) -> list[float]:
 
 def plan_facts(params: Params, world: World) -> tuple:
     plan = Plan(params, 24)
-    requests = [(r.step, len(r.indices), r.image_size, r.positions) for r in plan.requests()]
+    requests = [(r.step, len(r.indices), r.size, r.positions, r.is_late) for r in plan.requests()]
     return plan.facts(), requests
 
 
 def optimizer_state(params: Params, world: World) -> tuple:
     model = build_task(params, CPU).model
     built = optim.build(optim.param_groups(model, params.optim), params.optim, 0.1)
+    optim.set_lr(built, 0.1)
     return type(built).__name__, [
         {name: value for name, value in group.items() if name != "params"}
         for group in built.param_groups
@@ -433,14 +447,36 @@ def wandb_project(params: Params, world: World) -> str:
     return sink._run.project
 
 
-def saved_weights(world: World) -> str:
+def headline(params: Params, world: World) -> str:
+    return build_task(params, CPU).headline
+
+
+def first_losses(params: Params, world: World) -> dict[str, float]:
+    task = build_task(params, CPU)
+    losses = task.losses(task.model.train(), task.to_device(task.sample_batch("train", 4)))
+    return {term: value.item() for term, value in losses.items()}
+
+
+def what_trains(params: Params, world: World) -> tuple[set[str], set[str]]:
+    """Parameters that get a gradient, and modules in training mode."""
+    model = build_task(params, CPU).model.train()
+    return ({name for name, weight in model.named_parameters() if weight.requires_grad},
+            {name for name, module in model.named_modules() if module.training})
+
+
+def saved_weights(world: World, **changes: Any) -> str:
     from safetensors.torch import save_file
 
-    state = build_task(world.params(), CPU).model.state_dict()
+    state = build_task(world.params(**changes), CPU).model.state_dict()
     path = world.tmp_path / "start.safetensors"
     zeros = {name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in state.items()}
     save_file(zeros, path)
     return str(path)
+
+
+def saved_detector(world: World) -> str:
+    changes = DETECT | {"model.name": "rtdetr_tiny", "data.root": str(world.scenes)}
+    return saved_weights(world, **changes)
 
 
 def no_hub(world: World) -> None:
@@ -458,7 +494,9 @@ def start_of_training(params: Params, world: World) -> Any:
 
 # key: (its other value, what then changes[, what both sides are besides])
 OBSERVED: dict[str, tuple] = {
-    "task": ("another", opened),
+    "task": ("detect", opened, {"data.augment.scale": DETECT["data.augment.scale"]},
+             {"data.format": "scenes", "model.name": "yolo_n", "data.image_size": 64,
+              "data.root": DETECT["data.root"]}),
     "seed": (1, weights),
     "model.name": ("test_efficientnet", structure),
     "model.pretrained": (True, start_of_training),
@@ -475,6 +513,8 @@ OBSERVED: dict[str, tuple] = {
     "data.num_train_images": (25, opened),
     "data.num_val_images": (13, opened),
     "data.image_size": (24, val_images),
+    "data.letterbox": (True, val_images, detect()),
+    "data.single_class": (True, opened, detect()),
     "data.val_crop": (0.5, val_images),
     "data.interpolation": ("bicubic", val_images),
     "data.mean": ([0.1, 0.2, 0.3], val_images),
@@ -485,11 +525,26 @@ OBSERVED: dict[str, tuple] = {
     "data.augment.color_jitter": (0.5, train_images),
     "data.augment.mixup": (1.0, train_images),
     "data.augment.cutmix": (1.0, train_images),
+    "data.boxes.hflip": (1.0, train_images, detect()),
+    "data.boxes.zoom_out": (1.0, train_images, detect()),
+    "data.boxes.max_zoom_out": (1.5, train_images, detect(data__boxes__zoom_out=1.0)),
+    "data.boxes.iou_crop": (1.0, train_images, detect()),
+    "data.boxes.scale": ([0.5, 0.6], train_images, detect()),
+    "data.boxes.translate": (0.2, train_images, detect()),
+    "data.boxes.mosaic": (1.0, train_images, detect()),
+    "data.boxes.mixup": (1.0, train_images, detect()),
+    "data.boxes.plain_epochs": (1.0, train_images, detect(data__boxes__mosaic=1.0)),
+    "data.boxes.multi_scale": (0.5, plan_facts, detect()),
+    "data.boxes.hue": (0.2, train_images, detect()),
+    "data.boxes.saturation": (0.5, train_images, detect()),
+    "data.boxes.brightness": (0.5, train_images, detect()),
+    "data.boxes.contrast": (0.5, train_images, detect()),
     "data.num_workers": (2, decoding_threads),
     "optim.name": ("adamw", optimizer_state),
     "optim.lr": (0.06, lr_trained_with),
     "optim.lr_batch_size": (4, lr_trained_with),
     "optim.lr_rule": ("sqrt", lr_trained_with, {"optim.lr_batch_size": 4}),
+    "optim.backbone_lr": (0.1, optimizer_state, detect(model__name="rtdetr_tiny")),
     "optim.momentum": (0.5, optimizer_state),
     "optim.beta2": (0.9, optimizer_state, {"optim.name": "adamw"}),
     "optim.nesterov": (False, optimizer_state),
@@ -499,6 +554,7 @@ OBSERVED: dict[str, tuple] = {
     "optim.schedule": ("constant", learning_rates),
     "optim.warmup_epochs": (1.0, learning_rates),
     "optim.warmup_start": (0.5, learning_rates, {"optim.warmup_epochs": 1.0}),
+    "optim.flat": (0.5, learning_rates),
     "optim.final_lr": (0.5, learning_rates),
     "optim.milestones_epochs": ([1.0], learning_rates, {"optim.schedule": "multistep"}),
     "optim.gamma": (0.5, learning_rates,
@@ -522,6 +578,12 @@ OBSERVED: dict[str, tuple] = {
     "train.patience_evals": (1, how_training_ends,
                              {"train.eval_every_epochs": 0.3, "data.classes": 1,
                               "train.batch_size": 2}),
+    "detect.headline": ("mAP50", headline, detect()),
+    "detect.freeze_norms": (True, what_trains, detect(
+        model__name="rtdetr_tiny", model__weights=saved_detector)),
+    "detect.box_gain": (1.0, first_losses, detect()),
+    "detect.cls_gain": (1.0, first_losses, detect()),
+    "detect.dfl_gain": (1.0, first_losses, detect()),
     "overfit.num_batches": (2, frozen_images),
     "overfit.batch_size": (5, frozen_images),
     "overfit.steps": (4, overfit_steps),
@@ -558,14 +620,14 @@ def test_c2_every_field_has_an_observation():
 
 
 @pytest.mark.parametrize("key", OBSERVED)
-def test_c2_changing_it_changes_something(key, folder, tmp_path, monkeypatch):
+def test_c2_changing_it_changes_something(key, folder, scenes, tmp_path, monkeypatch):
     value, observe, base, along = (*OBSERVED[key], {}, {})[:4]
-    world = World(folder, tmp_path, monkeypatch)
+    world = World(folder, scenes, tmp_path, monkeypatch)
 
     def real(given: Any) -> Any:
         return given(world) if callable(given) else given
 
-    base = {name: real(given) for name, given in base.items()}
+    base, along = ({name: real(given) for name, given in part.items()} for part in (base, along))
     before = world.params(**base)
     after = world.params(**(base | {key: real(value)} | along))
     assert {name for name, _, _ in params_module.difference(before, after)} == {key, *along}

@@ -19,6 +19,8 @@ from lib.params import KEYS, ROOT, Params, load, nearest_key, parse_override
 
 PARAMS_FILES = sorted((ROOT / "params").glob("*.yaml"))
 LEAVES = list(params_module.flatten(Params()))
+SIZE = "a whole number >= 8 or a list (2 of a whole number >= 8)"
+DETECT = {"task": "detect", "data.format": "coco"}
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -40,6 +42,7 @@ def changed_value(key: str, value: Any) -> Any:
                "data.mean": [0.1, 0.2, 0.3], "data.std": [0.1, 0.2, 0.3],
                "train.image_sizes": [16, 32], "optim.milestones_epochs": [1.0],
                "data.augment.scale": [0.5, 0.6], "data.augment.ratio": [0.5, 0.6],
+               "data.boxes.scale": [0.5, 0.6],
                "model.weights": "w.pth", "machine.gpu": "A10G", "model.in_chans": None,
                "train.batch_size": 512, "train.accumulate": 2}
     if key in special:
@@ -149,9 +152,17 @@ def test_c3_a_duplicate_key_is_refused_with_both_lines(tmp_path, text, line, key
 @pytest.mark.parametrize(
     "key, value, wanted",
     [
-        ("data.image_size", "{height: 32, width: 32}", "a whole number >= 8"),
-        ("data.image_size", "[1440, 808]", "a whole number >= 8"),
-        ("data.image_size", "7", "a whole number >= 8"),
+        ("data.image_size", "{height: 32, width: 32}", SIZE),
+        ("data.image_size", "[1440, 808, 3]", SIZE),
+        ("data.image_size", "[1440]", SIZE),
+        ("data.image_size", "[7, 808]", SIZE),
+        ("data.image_size", "[32.0, 32]", SIZE),
+        ("data.image_size", "7", SIZE),
+        ("train.image_sizes", "[[32, 7]]", f"a list ({SIZE})"),
+        ("train.image_sizes", "32", f"a list ({SIZE})"),
+        ("data.boxes.max_zoom_out", "0.5", "a number >= 1"),
+        ("optim.backbone_lr", "0", "a number > 0"),
+        ("detect.headline", "mAP75", "'mAP' or 'mAP50'"),
         ("optim.lr", "{value: 0.1}", "a number > 0 or 'auto'"),
         ("optim.lr", "'0.1'", "a number > 0 or 'auto'"),
         ("optim.lr", "0", "a number > 0 or 'auto'"),
@@ -214,6 +225,84 @@ def test_c4_a_batch_that_does_not_split_evenly_is_refused(tmp_path):
 def test_c4_a_sweep_must_rise(tmp_path):
     message = refusal(tmp_path, "lr_finder: {min_lr: 1.0, max_lr: 1e-3}\n")
     assert message.endswith(":1: lr_finder: min_lr 1 must be below max_lr 0.001")
+
+
+# -- the task and what it reads ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task, wrong, right", [
+    ("classify", ["scenes", "scenes_yolo", "coco", "yolo"], ["demo", "folder"]),
+    ("detect", ["demo", "folder"], ["scenes", "scenes_yolo", "coco", "yolo"]),
+])
+def test_a_format_that_the_task_cannot_read_is_refused_with_those_it_can(tmp_path, task, wrong,
+                                                                         right):
+    for name in wrong:
+        message = refusal(tmp_path, f"task: {task}\n", data__format=name)
+        assert message.endswith(f"task {task} cannot learn from data.format {name!r}; it reads "
+                                + ", ".join(right))
+    for name in right:
+        file = write(tmp_path, f"task: {task}\n")
+        assert load(file, {"data.format": name}).data.format == name
+    assert sorted(wrong + right) == sorted(get_args(KEYS["data.format"].annotation))
+
+
+OF_ONE_TASK = {
+    "classify": {
+        "model.drop_rate": 0.1, "model.drop_path_rate": 0.1, "data.val_crop": 0.5,
+        "data.augment.hflip": 0.0, "data.augment.mixup": 0.2, "train.label_smoothing": 0.1,
+    },
+    "detect": {
+        "data.letterbox": True, "data.single_class": True, "data.boxes.mosaic": 1.0,
+        "data.boxes.hue": 0.1, "optim.backbone_lr": 0.1, "detect.headline": "mAP50",
+        "detect.box_gain": 1.0,
+    },
+}
+
+
+@pytest.mark.parametrize("task, key", [(t, k) for t, keys in OF_ONE_TASK.items() for k in keys])
+def test_a_key_that_only_another_task_reads_is_refused_by_name(tmp_path, task, key):
+    """C2: in a run of the other task it would change nothing, and nobody would notice."""
+    value = OF_ONE_TASK[task][key]
+    of_task = {"classify": {"train.epochs": 1}, "detect": DETECT | {"train.epochs": 1}}
+    other = "detect" if task == "classify" else "classify"
+    assert params_module.flatten(
+        load(write(tmp_path, ""), of_task[task] | {key: value}))[key] == value
+    with pytest.raises(BadInput) as caught:
+        load(write(tmp_path, ""), of_task[other] | {key: value})
+    (named,) = [k for k in params_module.KEYS_OF_TASK[task] if (key + ".").startswith(k + ".")]
+    assert str(caught.value).endswith(
+        f"{named} is set, and only task {task} reads it (task is {other}); remove it")
+
+
+def test_a_key_of_another_task_at_its_default_is_let_be(tmp_path):
+    """The frozen copy of a run names every key."""
+    loaded = load(write(tmp_path, ""), DETECT)
+    assert load(write(tmp_path, params_module.to_yaml(loaded))) == loaded
+    assert load(write(tmp_path, "data: {letterbox: false, boxes: {mosaic: 0.0}}\n")) == Params()
+
+
+def test_every_key_of_one_task_exists_and_belongs_to_no_other():
+    named = [key for keys in params_module.KEYS_OF_TASK.values() for key in keys]
+    assert set(named) <= set(KEYS) and len(named) == len(set(named))
+
+
+@pytest.mark.parametrize("start", [{"model.pretrained": True}, {"model.weights": "w.pth"}])
+def test_norms_are_frozen_only_where_there_are_weights_to_keep(tmp_path, start):
+    frozen = DETECT | {"detect.freeze_norms": True}
+    assert load(write(tmp_path, ""), frozen | start).detect.freeze_norms
+    with pytest.raises(BadInput, match="would freeze random weights; set model.pretrained or "
+                                       "model.weights$"):
+        load(write(tmp_path, ""), frozen)
+
+
+def test_d12_a_size_is_a_side_or_height_and_width(tmp_path):
+    """D12 of the failures: [1440, 808] became 1440 square."""
+    loaded = load(write(tmp_path, "data: {image_size: [1440, 808]}\n"),
+                  {"train.epochs": 1, "train.image_sizes": [64, [96, 128]]})
+    assert loaded.data.image_size == loaded.data.input_size == (1440, 808)
+    assert loaded.train.image_sizes == (64, (96, 128))
+    assert load(write(tmp_path, params_module.to_yaml(loaded))) == loaded
+    assert load(write(tmp_path, "data: {image_size: 96}\n")).data.input_size == (96, 96)
 
 
 @pytest.mark.parametrize(
@@ -384,19 +473,25 @@ def test_every_params_file_of_the_project_loads_and_comes_back_equal(tmp_path, f
 
 @pytest.mark.parametrize("key", LEAVES)
 def test_every_leaf_can_be_set_and_survives_the_round_trip_and_changes_the_digest(tmp_path, key):
-    before = load(write(tmp_path, "train: {epochs: 10}"))
+    base = {"train.epochs": 10}
+    if key.startswith(params_module.KEYS_OF_TASK["detect"]):
+        base |= DETECT
+    if key == "detect.freeze_norms":
+        base["model.pretrained"] = True
+    before = load(write(tmp_path, ""), base)
     default = params_module.flatten(before)[key]
     value = changed_value(key, default)
-    overrides = {
+    overrides = base | {
+        "task": DETECT,
         "train.epochs": {key: None, "train.steps": 5},
         "train.steps": {key: 7, "train.epochs": None},
         "train.stop_at_target": {key: True, "train.target": 0.5},
         "model.in_chans": {key: 1, "data.mean": [0.5], "data.std": [0.5]},
     }.get(key, {key: value})
-    if overrides == {key: None}:
+    if overrides[key] is None and key != "train.epochs":
         assert len(get_args(KEYS[key].annotation)) == 1, f"give {key} another value here"
         return
-    after = load(write(tmp_path, "train: {epochs: 10}"), overrides)
+    after = load(write(tmp_path, ""), overrides)
     assert params_module.flatten(after)[key] == overrides[key] != default
     assert load(write(tmp_path, params_module.to_yaml(after))) == after
     changeable = key.startswith(params_module.CHANGEABLE)  # a resume may bring a larger budget

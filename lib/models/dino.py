@@ -247,8 +247,7 @@ class Dino(nn.Module):
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
-        """Move the teacher after an optimizer step; `momentum` is the share of the old that stays.
-        """
+        """Move the teacher after an optimizer step; `momentum` is the old one's share."""
         teacher, student = (list(net.parameters()) for net in (self.teacher, self.student))
         torch._foreach_lerp_(teacher, student, 1 - momentum)
 

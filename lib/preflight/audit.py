@@ -187,10 +187,10 @@ def _read(dataset, index: int) -> Picture:
         try:
             if image.format == "JPEG":
                 image.draft(None, (max(1, size[0] // 8), max(1, size[1] // 8)))
-            pixels = dataset.pixels(image)
+            grey = dataset.pixels(image).convert("L")  # where need be, decodes only here
+            thumbnail = np.asarray(grey.resize((32, 32), Image.Resampling.BOX))
         except BROKEN as error:
             raise dataset.unreadable(index, error) from None
     except BadInput as error:
         return Picture(path, str(error))
-    thumbnail = np.asarray(pixels.convert("L").resize((32, 32), Image.Resampling.BOX))
     return Picture(path, None, hashlib.sha256(repr(size).encode() + thumbnail.tobytes()).digest())

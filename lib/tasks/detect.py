@@ -201,7 +201,11 @@ class Detect:
                 "by the picture's width and height, center x, center y, width, height in [0, 1]."
             )
         if term == "dfl":
-            return "The distributions of an untrained head are uniform (ln 16): this one's are not."
+            return (
+                "At 0: no box reaches an anchor, as boxes are not normalized by the picture's "
+                "width and height. Else: an untrained head's distributions are uniform (ln 16), "
+                "and this one's are not."
+            )
         return (
             "Far above: the class head has no prior bias, so that every query or anchor starts "
             "at probability 0.5 instead of about 0.01 and the background drowns the loss "

@@ -37,10 +37,10 @@ def write_split(
 def splits(tmp_path):
     """`splits(train annotations, ...)` opens them beside a clean validation split."""
 
-    def make(annotations: list[dict], data: dict | None = None, single_class=False, **changes):
+    def make(annotations: list[dict], data: dict | None = None, **changes):
         write_split(tmp_path, "train", annotations, **changes)
         write_split(tmp_path, "val", [box(100, [10, 5, 20, 10])])
-        return coco.open_splits(Data(root=str(tmp_path), **(data or {})), 3, single_class)
+        return coco.open_splits(Data(root=str(tmp_path), **(data or {})), 3)
 
     return make
 
@@ -218,7 +218,7 @@ def test_chosen_classes_keep_the_pictures(splits):
 
 def test_single_class(splits):
     annotations = [box(100, [1, 1, 5, 5], 2), box(101, [1, 1, 5, 5], 7)]
-    train, _ = splits(annotations, single_class=True)
+    train, _ = splits(annotations, {"single_class": True})
     assert train.class_names == ("object",) and train.labels.tolist() == [0, 0]
     assert train.census.mapping == {"2 dog": "0", "7 cat": "0"}
 

@@ -214,7 +214,8 @@ def test_picture_that_cannot_be_used_is_named_with_its_path(tmp_path, tiny_param
     params = tiny_params(tmp_path, data__root=str(tmp_path / "data"), train__batch_size=2)
     task = build_task(params, torch.device("cpu"))
     for batches in (
-        task.train_batches([Request(0, 0, np.arange(2), 16, range(2))]), task.eval_batches("train"),
+        task.train_batches([Request(0, 0, np.arange(2), (16, 16), range(2))]),
+        task.eval_batches("train"),
     ):
         with pytest.raises(BadInput, match="cannot be decoded") as caught:
             list(batches)

@@ -17,7 +17,7 @@ from lib.tasks import build_task
 CPU = torch.device("cpu")
 
 
-def requests(count: int, batch: int = 4, size: int = 8) -> list[Request]:
+def requests(count: int, batch: int = 4, size: tuple[int, int] = (8, 6)) -> list[Request]:
     return [Request(i, 0, np.arange(i * batch, (i + 1) * batch), size, range(batch))
             for i in range(count)]
 
@@ -75,7 +75,7 @@ def test_batches_keep_their_order_where_later_ones_decode_faster():
     found = list(loader.load(requests(8), slower_first, 3, 4))
     assert [request.step for request, _ in found] == list(range(8))
     for request, images in found:
-        assert images.shape == (4, 3, 8, 8) and images.dtype == torch.uint8
+        assert images.shape == (4, 3, 8, 6) and images.dtype == torch.uint8
         assert images[:, 0, 0, 0].tolist() == request.indices.tolist()
 
 
@@ -135,23 +135,24 @@ def test_progressive_sizes_share_the_run_and_leave_the_order_alone(tmp_path, tin
     plain, growing = (
         list(plan(tmp_path, tiny_params, 101, train__steps=9, train__batch_size=32,
                   train__image_sizes=sizes).requests())
-        for sizes in ([], [16, 24, 48])
+        for sizes in ([], [16, 24, [40, 48]])
     )
-    assert [request.image_size for request in plain] == [32] * 9
-    assert [request.image_size for request in growing] == [16] * 3 + [24] * 3 + [48] * 3
+    assert [request.size for request in plain] == [(32, 32)] * 9
+    assert [request.size for request in growing] == [(16, 16)] * 3 + [(24, 24)] * 3 + [(40, 48)] * 3
     for one, other in zip(plain, growing, strict=True):
         assert one.indices.tolist() == other.indices.tolist() and one.epoch == other.epoch
 
 
 def test_batches_have_the_progressive_sizes(tmp_path, tiny_params):
     sizes = [images["images"].shape[-2:] for images in run_batches(
-        tmp_path, tiny_params, 2, **{"train.image_sizes": [16, 32]})]
-    assert sizes == [(16, 16)] * 3 + [(32, 32)] * 3
+        tmp_path, tiny_params, 2, **{"train.image_sizes": [16, [24, 32]]})]
+    assert sizes == [(16, 16)] * 3 + [(24, 32)] * 3
 
 
 @pytest.mark.parametrize("num_samples", [8, 9, 7, 1])
 def test_evaluation_takes_every_sample_once_in_order(num_samples):
-    found = list(loader.eval_requests(np.arange(num_samples), 4, 8))
+    found = list(loader.eval_requests(np.arange(num_samples), 4, (8, 6)))
+    assert {r.size for r in found} == {(8, 6)} and not any(r.is_late for r in found)
     assert np.concatenate([r.indices for r in found]).tolist() == list(range(num_samples))
     assert all(len(r.indices) == 4 for r in found[:-1]) and 1 <= len(found[-1].indices) <= 4
 

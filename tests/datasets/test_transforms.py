@@ -94,7 +94,7 @@ def test_full_scale_takes_the_whole_picture():
 def test_flips_come_as_often_as_the_params_say(share):
     data = Data(augment=Augment(hflip=share))
     image = Image.new("RGB", (32, 32))
-    flips = [transforms.train_view(image, 8, data, transforms.crop_rng(0, 0, i))[2]
+    flips = [transforms.train_view(image, (8, 8), data, transforms.crop_rng(0, 0, i))[2]
              for i in range(2000)]
     assert abs(np.mean(flips) - share) <= 4 * math.sqrt(share * (1 - share) / 2000)
 
@@ -113,7 +113,7 @@ def test_a_flip_mirrors_the_pixels(tmp_path, tiny_params):
     assert not torch.equal(images[0], images[1])
 
 
-def transforms_request(positions: range, step: int = 0, epoch: int = 0, size: int = 32):
+def transforms_request(positions: range, step: int = 0, epoch: int = 0, size=(32, 32)):
     from lib.datasets.loader import Request
 
     return Request(step, epoch, np.arange(100)[positions.start : positions.stop], size, positions)
@@ -131,12 +131,12 @@ def test_crop_and_flip_depend_on_seed_epoch_and_sample_alone():
 # -- reading a JPEG at a smaller scale --------------------------------------------------------
 
 
-def view(image: Image.Image, data: Data, size: int, index: int) -> np.ndarray:
+def view(image: Image.Image, data: Data, size: tuple[int, int], index: int) -> np.ndarray:
     """As the task makes it: view, decode upright, crop and resize."""
     reader = FolderDataset.__new__(FolderDataset)
     reader.mode = "RGB"
     image, box, flip = transforms.train_view(image, size, data, transforms.crop_rng(0, 0, index))
-    pixels = np.asarray(reader.pixels(image).resize((size, size), Image.Resampling.BILINEAR, box))
+    pixels = np.asarray(reader.pixels(image).resize(size[::-1], Image.Resampling.BILINEAR, box))
     return (pixels[:, ::-1] if flip else pixels).astype(float)
 
 
@@ -145,7 +145,7 @@ def large_jpeg() -> bytes:
     return encoded(photograph(2000, 1500), "JPEG", quality=90).getvalue()
 
 
-@pytest.mark.parametrize("size", [64, 160])
+@pytest.mark.parametrize("size", [(64, 64), (160, 160), (160, 128)])
 def test_reading_a_jpeg_at_a_smaller_scale_gives_nearly_the_same_picture(large_jpeg, size):
     """Mean absolute difference to the full read: about 2 of 255 levels, 6 where the smaller read is
     hardly larger than the view; a shift by one pixel would be 15."""
@@ -164,7 +164,7 @@ def test_reading_a_jpeg_at_a_smaller_scale_gives_nearly_the_same_picture(large_j
     assert max(decoded) <= 0.5
 
 
-@pytest.mark.parametrize("size", [50, 64, 224, 700])
+@pytest.mark.parametrize("size", [(50, 50), (64, 64), (224, 160), (700, 700)])
 def test_a_smaller_read_never_leaves_fewer_pixels_than_the_network_sees(large_jpeg, size):
     data = Data(augment=Augment(scale=(0.08, 1.0)))
     for index in range(40):
@@ -173,9 +173,9 @@ def test_a_smaller_read_never_leaves_fewer_pixels_than_the_network_sees(large_jp
             *image.size, data.augment, transforms.crop_rng(0, 0, index)
         )
         _, box, _ = transforms.train_view(image, size, data, transforms.crop_rng(0, 0, index))
-        for near, far in ((0, 2), (1, 3)):
+        for near, far, side in ((0, 2, size[1]), (1, 3, size[0])):
             there, taken = whole[far] - whole[near], box[far] - box[near]
-            assert taken >= min(size, there) * 0.999
+            assert taken >= min(side, there) * 0.999
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -193,8 +193,8 @@ def test_the_crop_is_of_the_upright_picture(orientation, format_):
     options = {"exif": exif} | ({"quality": 95} if format_ == "JPEG" else {})
     data = Data(augment=Augment(scale=(0.2, 1.0)))
     for index in range(6):
-        wanted = view(upright, data, 32, index)
-        found = view(Image.open(encoded(stored, format_, **options)), data, 32, index)
+        wanted = view(upright, data, (32, 40), index)
+        found = view(Image.open(encoded(stored, format_, **options)), data, (32, 40), index)
         if format_ == "PNG":
             assert np.array_equal(found, wanted)
         else:
@@ -227,6 +227,25 @@ def test_validation_keeps_the_stated_share_of_the_shorter_side():
     assert (left + right, top + bottom) == pytest.approx((500, 300))
 
 
+@pytest.mark.parametrize("image_size, width, height", [
+    ((100, 150), 360, 240), ((300, 100), 80, 240), ((120, 240), 400, 200),
+])
+def test_d12_validation_keeps_the_input_s_aspect_ratio(image_size, width, height):
+    """The largest box of the input's shape that the 500 x 300 picture holds, and 0.8 of it."""
+    data = Data(val_crop=0.8, image_size=image_size)
+    left, top, right, bottom = transforms.val_box(500, 300, data)
+    assert (right - left, bottom - top) == pytest.approx((width, height))
+    assert (left + right, top + bottom) == pytest.approx((500, 300))
+
+
+def test_d12_height_and_width_reach_the_network_in_that_order(tmp_path, tiny_params):
+    params = tiny_params(tmp_path, **{"data.image_size": [24, 40], "train.batch_size": 4})
+    task = build_task(params, CPU)
+    request = transforms_request(range(4), size=(24, 40))
+    for batches in (task.train_batches([request]), task.eval_batches("val")):
+        assert task.to_device(next(batches))["images"].shape == (4, 3, 24, 40)
+
+
 # -- normalize --------------------------------------------------------------------------------
 
 ALL_VALUES = torch.arange(256, dtype=torch.uint8).repeat(3).view(1, 3, 16, 16)
@@ -255,8 +274,8 @@ MIXES = {"mixup": Augment(mixup=0.4), "cutmix": Augment(cutmix=1.0),
 @pytest.mark.parametrize("kind", MIXES)
 def test_shares_say_how_much_of_each_picture_is_there(kind):
     """Sample i is everywhere i, so each mixed pixel tells what it is made of."""
-    plan = transforms.mix_plan(MIXES[kind], 0, 3, range(64), 64, 24)
-    images = torch.arange(64.0).view(-1, 1, 1, 1).expand(-1, 3, 24, 24)
+    plan = transforms.mix_plan(MIXES[kind], 0, 3, range(64), 64, (24, 20))
+    images = torch.arange(64.0).view(-1, 1, 1, 1).expand(-1, 3, 24, 20)
     mixed, shares = transforms.mix(images, plan)
     partners = torch.arange(64).view(-1, 2).flip(1).flatten()
     seen = 0
@@ -267,7 +286,7 @@ def test_shares_say_how_much_of_each_picture_is_there(kind):
         if is_cut:  # a box of the partner, the same in every channel
             rows, columns = cut.any(1).nonzero(), cut.any(0).nonzero()
             assert cut.sum() == (rows.max() - rows.min() + 1) * (columns.max() - columns.min() + 1)
-            assert share == pytest.approx(1 - cut.sum().item() / 576)
+            assert share == pytest.approx(1 - cut.sum().item() / 480)
             assert torch.equal(mixed[i, 0], mixed[i, 2])
         else:  # the same everywhere
             assert mixed[i].std() < 1e-4
@@ -277,7 +296,7 @@ def test_shares_say_how_much_of_each_picture_is_there(kind):
 
 @pytest.mark.parametrize("kind, alpha", [("mixup", 0.2), ("mixup", 1.0), ("cutmix", 1.0)])
 def test_shares_follow_the_beta_distribution_of_the_params(kind, alpha):
-    plan = transforms.mix_plan(Augment(**{kind: alpha}), 0, 0, range(4000), 4000, 1000)
+    plan = transforms.mix_plan(Augment(**{kind: alpha}), 0, 0, range(4000), 4000, (500, 2000))
     _, left, top, right, bottom = plan.T.numpy().astype(float)
     share = plan[:, 0].numpy() if kind == "mixup" else 1 - (right - left) * (bottom - top) / 1e6
     assert np.array_equal(share[::2], share[1::2])  # one draw a pair
@@ -287,7 +306,7 @@ def test_shares_follow_the_beta_distribution_of_the_params(kind, alpha):
 def test_without_mixing_nothing_changes_and_an_unpaired_last_sample_stays_whole():
     images = torch.rand(5, 3, 8, 8)
     mixed, shares = transforms.mix(images, transforms.mix_plan(Augment(mixup=1.0), 0, 0, range(5),
-                                                               5, 8))
+                                                               5, (8, 8)))
     torch.testing.assert_close(mixed[4], images[4])
     assert shares[4] == 1 and (shares[:4] < 1).all()
 
@@ -334,10 +353,10 @@ def mixed_step(tmp_path, tiny_params, kind: str, accumulate: int) -> dict[str, t
 
 
 def test_every_step_and_pair_is_mixed_differently():
-    first, second = (transforms.mix_plan(Augment(mixup=1.0), 0, step, range(8), 8, 8)[::2, 0]
+    first, second = (transforms.mix_plan(Augment(mixup=1.0), 0, step, range(8), 8, (8, 8))[::2, 0]
                      for step in (0, 1))
     assert len({*first.tolist(), *second.tolist()}) == 8
-    other_seed = transforms.mix_plan(Augment(mixup=1.0), 1, 0, range(8), 8, 8)[::2, 0]
+    other_seed = transforms.mix_plan(Augment(mixup=1.0), 1, 0, range(8), 8, (8, 8))[::2, 0]
     assert not set(other_seed.tolist()) & set(first.tolist())
 
 

@@ -61,7 +61,70 @@ def test_the_table_counts_every_parameter_once():
     assert [row[0] for row in rows] == ["conv and linear weights", "norms, biases, others",
                                         "frozen"]
     assert sum(row[2] for row in rows) == sum(p.numel() for p in model.parameters())
-    assert [row[3] for row in rows] == [0.1, 0.0, 0.0]
+    assert [row[3:] for row in rows] == [(0.1, 1.0), (0.0, 1.0), (0.0, 0.0)]
+
+
+class Detector(nn.Module):
+    """A network with a backbone of its own, part of it frozen."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3))
+        self.backbone[2].requires_grad_(False)
+        self.head = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+
+
+SHARED = Optim(backbone_lr=0.1, weight_decay=0.2, norm_weight_decay=0.01)
+
+
+def test_the_backbone_forms_groups_of_its_own_where_its_rate_is_another():
+    model = Detector()
+    groups = {group["name"]: group for group in optim.param_groups(model, SHARED)}
+    assert {name: (names(model, group["params"]), group["weight_decay"], group["lr_share"])
+            for name, group in groups.items()} == {
+        "conv and linear weights": ({"head.0.weight"}, 0.2, 1.0),
+        "norms, biases, others": ({"head.0.bias", "head.1.weight", "head.1.bias"}, 0.01, 1.0),
+        "backbone: conv and linear weights": ({"backbone.0.weight"}, 0.2, 0.1),
+        "backbone: norms, biases, others": (
+            {"backbone.0.bias", "backbone.1.weight", "backbone.1.bias"}, 0.01, 0.1),
+    }
+    rows = list(optim.group_rows(model, list(groups.values())))
+    assert [row[4] for row in rows] == [1.0, 1.0, 0.1, 0.1, 0.0] and rows[-1][0] == "frozen"
+    assert sum(row[2] for row in rows) == sum(p.numel() for p in model.parameters())
+
+
+def test_with_the_same_rate_the_backbone_is_like_the_rest():
+    groups = optim.param_groups(Detector(), Optim())
+    assert [group["name"] for group in groups] == ["conv and linear weights",
+                                                   "norms, biases, others"]
+    assert all(group["lr_share"] == 1.0 for group in groups)
+
+
+def test_groups_without_parameters_are_not_listed():
+    model = Detector()
+    model.backbone.requires_grad_(False)
+    assert [group["name"] for group in optim.param_groups(model, SHARED)] == [
+        "conv and linear weights", "norms, biases, others"]
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_each_group_moves_by_its_share_of_the_rate(name):
+    """Every later call of `set_lr` keeps the shares, as the schedule calls it at each step."""
+    model = Detector()
+    settings = Optim(name=name, backbone_lr=0.25, momentum=0.0, weight_decay=0.0)
+    optimizer = optim.build(optim.param_groups(model, settings), settings, lr=1.0)
+    for lr in (0.5, 0.02):
+        before = {key: weight.detach().clone() for key, weight in model.named_parameters()}
+        optim.set_lr(optimizer, lr)
+        assert {group["lr"] for group in optimizer.param_groups} == {lr, 0.25 * lr}
+        for weight in model.parameters():
+            weight.grad = torch.ones_like(weight) if weight.requires_grad else None
+        optimizer.step()
+        for key, weight in model.named_parameters():
+            share = 0.25 if key.startswith("backbone.") else 1.0
+            moved = -lr * share if weight.requires_grad else 0.0
+            torch.testing.assert_close(weight - before[key], torch.full_like(weight, moved),
+                                       rtol=1e-4, atol=1e-6, msg=key)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])

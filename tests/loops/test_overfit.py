@@ -35,15 +35,61 @@ def gate(tmp_path, tiny_params):
 
 def test_real_digits_are_memorised_and_the_gate_ends_early(gate):
     task, result, rows = gate()
+    (first, _) = task.frozen_batches(2, 12)
     assert result.metrics["top1"] == 1.0 and task.memorised(result.metrics).passed
     assert result.finite and result.dead_parameters == ()
     assert contracts.gradients_reach(result).passed and contracts.stayed_finite(result).passed
-    assert all(c.passed for c in contracts.initial_losses(result, task.expected_initial()))
+    assert all(c.passed for c in contracts.initial_losses(task, result, first))
     steps = [row for row in rows if row["kind"] == "step"]
     assert [row["step"] for row in steps] == list(range(1, result.num_steps + 1))
     assert result.num_steps < 150 and steps[-1]["loss"] < 0.3 * steps[0]["loss"]
     assert result.initial["loss"] == steps[0]["loss"]
     assert rows[-1]["frozen/top1"] == 1.0
+
+
+@pytest.mark.parametrize("momentum", [0.001, None])
+def test_statistics_that_lag_behind_do_not_fail_what_was_learnt(gate, momentum):
+    """At momentum 0.001 the running statistics are still those of random weights at the end, and
+    the network as it stands does not know the images that it has learnt by heart."""
+
+    def lag(task):
+        for module in task.model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = momentum
+
+    task, result, _ = gate(lag, overfit__num_batches=1, overfit__batch_size=24)
+    assert task.memorised(result.metrics).passed
+    frozen = task.frozen_batches(1, 24)
+    as_it_stands = task.evaluate(task.model.eval(), frozen, "train")
+    if momentum:
+        assert not task.memorised(as_it_stands).passed
+    # The judged copy is apart: the network keeps its own statistics, momentum and mode.
+    norms = [m for m in task.model.train().modules() if isinstance(m, nn.BatchNorm2d)]
+    assert {norm.momentum for norm in norms} == {momentum}
+    assert {int(norm.num_batches_tracked) for norm in norms} == {result.num_steps}
+
+
+def test_frozen_norms_are_judged_by_their_own_statistics(gate):
+    """Those in evaluation mode are part of what the run will use (detect.freeze_norms)."""
+    seen = []
+
+    def freeze(task):
+        for module in task.model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean += 3.0
+                module.train = lambda mode=True, module=module: module
+                module.training = False
+        honest = task.evaluate
+
+        def evaluate(model, batches, split):
+            seen.extend(m.running_mean.clone() for m in model.modules()
+                        if isinstance(m, nn.BatchNorm2d))
+            return honest(model, batches, split)
+
+        task.evaluate = evaluate
+
+    gate(freeze, overfit__steps=2)
+    assert seen and all(torch.equal(mean, torch.full_like(mean, 3.0)) for mean in seen)
 
 
 def test_a_detached_layer_is_named_as_dead(gate):
@@ -129,12 +175,8 @@ def test_a_loss_that_is_no_number_ends_the_gate_before_the_update(gate):
 
 @pytest.mark.parametrize("initial, passed", [(2.3, True), (2.9, True), (148.5, False),
                                              (0.39, False)])
-def test_the_first_loss_is_held_against_theory(task_range, initial, passed):
+def test_the_first_loss_is_held_against_theory(tmp_path, tiny_params, initial, passed):
+    task = build_task(tiny_params(tmp_path), CPU)
     result = OverfitResult({"loss": initial}, {}, (), 1, True)
-    (check,) = contracts.initial_losses(result, task_range)
+    (check,) = contracts.initial_losses(task, result, task.sample_batch("train", 4))
     assert check.passed is passed and check.value == initial
-
-
-@pytest.fixture
-def task_range(tmp_path, tiny_params):
-    return build_task(tiny_params(tmp_path), CPU).expected_initial()

@@ -20,6 +20,15 @@ def plan(tmp_path, tiny_params):
     return make
 
 
+@pytest.fixture
+def box_plan(tmp_path, tiny_detect):
+    def make(**overrides) -> Plan:
+        """Of detection: 10 steps an epoch."""
+        return Plan(tiny_detect(tmp_path, **{"train.steps": 100} | overrides), 40)
+
+    return make
+
+
 def factors(plan: Plan) -> np.ndarray:
     return np.array([plan.lr_factor(update) for update in range(plan.num_steps)])
 
@@ -75,6 +84,28 @@ def torch_rates(optimizer, scheduler, count: int) -> list[float]:
     return rates
 
 
+@pytest.mark.parametrize("warmup_epochs, flat, start", [
+    (0.0, 0.5, 50), (2.0, 0.5, 50), (2.0, 0.1, 20), (2.0, 0.0, 20), (0.0, 0.72, 72),
+])
+def test_flat_cosine_keeps_its_peak_for_a_share_of_the_run(plan, warmup_epochs, flat, start):
+    """The share counts the warm-up; from there on it is torch's cosine to the very last step."""
+    found = factors(plan(optim__schedule="cosine", optim__flat=flat, optim__final_lr=0.05,
+                         optim__warmup_epochs=warmup_epochs))
+    warmup = int(10 * warmup_epochs)
+    assert (found[:warmup] < 1).all() and (found[warmup : start + 1] == 1).all()
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 99 - start, eta_min=0.05)
+    assert found[start:] == pytest.approx(torch_rates(optimizer, theirs, 100 - start), abs=1e-9)
+    assert (np.diff(found[start:]) < 0).all() and found[-1] == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "one_cycle", "multistep"])
+def test_flat_is_of_cosine_alone(plan, schedule):
+    flat = factors(plan(optim__schedule=schedule, optim__flat=0.5, optim__warmup_epochs=1.0))
+    assert flat.tolist() == factors(plan(optim__schedule=schedule,
+                                         optim__warmup_epochs=1.0)).tolist()
+
+
 def test_multistep_drops_at_its_milestones(plan):
     found = factors(plan(optim__schedule="multistep", optim__milestones_epochs=[3, 6.5],
                          optim__gamma=0.1))
@@ -128,9 +159,48 @@ def test_fewer_images_than_a_batch_is_refused_with_both_numbers(plan):
 
 
 def test_sizes_change_at_equal_parts_of_the_run(plan):
-    made = plan(train__image_sizes=[16, 24, 32], train__steps=10)
-    assert [made.image_size(step) for step in range(10)] == [16] * 4 + [24] * 3 + [32] * 3
-    assert plan(train__image_sizes=[16, 24, 32], train__steps=2).image_size(1) == 24
+    made = plan(train__image_sizes=[16, 24, [32, 40]], train__steps=10)
+    assert made.sizes == [(16, 16), (24, 24), (32, 40)]
+    assert [made.size(step) for step in range(10)] == (
+        [(16, 16)] * 4 + [(24, 24)] * 3 + [(32, 40)] * 3)
+    assert plan(train__image_sizes=[16, 24, 32], train__steps=2).size(1) == (24, 24)
+
+
+# -- detection: multi-scale, and the last epochs ----------------------------------------------
+
+
+def test_multi_scale_sizes_are_whole_strides_around_the_asked_size(box_plan):
+    made = box_plan(data__image_size=[256, 384], data__boxes__multi_scale=0.4)
+    sizes = np.array([made.size(step) for step in range(100)])
+    assert (sizes % 32 == 0).all()
+    assert (abs(sizes - (256, 384)) <= 0.4 * np.array((256, 384)) + 16).all()
+    assert len(set(map(tuple, sizes.tolist()))) > 5  # rounded from one factor for both sides:
+    assert np.abs(sizes[:, 0] / 256 - sizes[:, 1] / 384).max() <= 16 / 256 + 16 / 384
+    assert abs(sizes.mean(0) / (256, 384) - 1).max() < 0.1
+    assert made.sizes == [(256, 384)]
+    assert "up to 40% more or less" in made.facts()["image sizes (height x width)"]
+
+
+@pytest.mark.parametrize("first_step", [1, 37, 99])
+def test_a_resumed_plan_has_the_sizes_it_would_have_had(box_plan, first_step):
+    scaled = {"data.image_size": 128, "data.boxes.multi_scale": 0.5, "train.accumulate": 2}
+    whole, resumed = (list(box_plan(**scaled).requests(step)) for step in (0, first_step))
+    assert [(r.step, r.size, r.is_late) for r in resumed] == [
+        (r.step, r.size, r.is_late) for r in whole if r.step >= first_step]
+    assert all(one.size == other.size for one, other in zip(whole[::2], whole[1::2], strict=True))
+    other = box_plan(**scaled, seed=1)
+    assert [r.size for r in other.requests()] != [r.size for r in whole]
+
+
+def test_without_multi_scale_the_size_is_left_as_asked(box_plan):
+    assert {r.size for r in box_plan(data__image_size=[72, 104]).requests()} == {(72, 104)}
+
+
+@pytest.mark.parametrize("plain_epochs, first_late", [(0.0, 100), (3.0, 70), (0.5, 95), (99.0, 0)])
+def test_the_last_epochs_are_late(box_plan, plain_epochs, first_late):
+    made = box_plan(data__boxes__mosaic=1.0, data__boxes__plain_epochs=plain_epochs)
+    assert [r.step for r in made.requests() if r.is_late] == list(range(first_late, 100))
+    assert all(r.is_late == (r.step >= first_late) for r in made.requests(80))
 
 
 # -- in the loop ------------------------------------------------------------------------------

@@ -144,7 +144,7 @@ def test_the_run_learns_and_keeps_what_it_promises(loop, tmp_path):
     kept = {path.name for path in run.checkpoints.glob("step_*")}
     assert kept >= {"step_24", f"step_{best}"} and len(kept) <= 3
     assert checkpoint.load_delivered(run, task.model) == best
-    metrics = task.evaluate(task.model, task.eval_batches("val"))
+    metrics = task.evaluate(task.model, task.eval_batches("val"), "val")
     assert metrics["top1"] == top1[best]
 
 

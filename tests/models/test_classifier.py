@@ -88,7 +88,7 @@ class Small(nn.Module):
         self.head = nn.Linear(4, num_classes)
 
 
-@pytest.mark.parametrize("wrapping", [None, "state_dict", "model", "module"])
+@pytest.mark.parametrize("wrapping", [None, "state_dict", "model", "module", "ema.module"])
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_weights_of_the_same_network_are_loaded_whole(tmp_path, suffix, wrapping):
     donor, model, file = Small(), Small(), tmp_path / f"weights{suffix}"
@@ -96,14 +96,38 @@ def test_weights_of_the_same_network_are_loaded_whole(tmp_path, suffix, wrapping
         save_file(donor.state_dict(), file)
     else:
         state = donor.state_dict()
-        torch.save(state if wrapping is None else {wrapping: state, "epoch": 3}, file)
+        for key in reversed(wrapping.split(".") if wrapping else []):
+            state = {key: state, "epoch": 3}
+        torch.save(state, file)
     report = weights.fill(model, weights.read_state_dict(file))
-    assert (report.num_loaded, report.num_expected, report.share) == (9, 9, 1.0)
+    assert (report.num_loaded, report.num_expected, report.share) == (8, 8, 1.0)
     assert not report.missing and not report.mismatched and not report.unused
     for name, tensor in donor.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name])
     (check,) = contracts.weights_loaded(report)
     assert check.passed
+
+
+def test_counters_of_batches_that_a_file_leaves_out_are_not_missed():
+    state = {name: tensor for name, tensor in Small().state_dict().items()
+             if not name.endswith("num_batches_tracked")}
+    report = weights.fill(Small(), state)
+    assert report.share == 1.0 and not report.missing and not report.unused
+
+
+@pytest.mark.parametrize("with_average", [False, True])
+def test_a_checkpoint_folder_gives_its_moving_average_where_there_is_one(tmp_path, with_average):
+    raw, average = Small(), Small()
+    folder = checkpoint.save(Run(tmp_path), 1, raw, average if with_average else None, {})
+    found = weights.read_state_dict(folder)
+    wanted = average if with_average else raw
+    assert torch.equal(found["body.weight"], wanted.body.weight)
+    assert weights.fill(Small(), found).share == 1.0
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
+    with pytest.raises(BadInput, match="no such weights file"):
+        weights.read_state_dict(tmp_path)
 
 
 def test_what_is_missing_of_another_shape_or_unused_is_listed_and_the_rest_loaded(tmp_path):
@@ -116,7 +140,7 @@ def test_what_is_missing_of_another_shape_or_unused_is_listed_and_the_rest_loade
     report = weights.fill(model, weights.read_state_dict(file))
     assert report.missing == ("norm.weight",) and report.unused == ("neck.weight",)
     assert set(report.mismatched) == {"head.weight", "head.bias"}
-    assert (report.num_loaded, report.share) == (6, 6 / 9)
+    assert (report.num_loaded, report.share) == (5, 5 / 8)
     assert torch.equal(model.body.weight, donor.body.weight)
     assert torch.equal(model.head.weight, head)
 

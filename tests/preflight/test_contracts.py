@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from lib.errors import BadInput
 from lib.loops import optim
 from lib.loops.overfit import OverfitResult
 from lib.loops.schedule import Plan
@@ -23,6 +24,19 @@ def result(**changes) -> OverfitResult:
     return OverfitResult(**clean | changes)
 
 
+class Expecting:
+    """A task as far as its expectation of the first losses goes."""
+
+    def __init__(self, ranges: dict[str, tuple[float, float]]):
+        self.ranges = ranges
+
+    def expected_initial(self, batch: dict) -> dict[str, tuple[float, float]]:
+        return self.ranges
+
+    def initial_advice(self, term: str) -> str:
+        return f"of {term}"
+
+
 # -- the overfit gate's -----------------------------------------------------------------------
 
 
@@ -32,10 +46,23 @@ def result(**changes) -> OverfitResult:
 def test_the_first_loss_against_its_range_term_by_term(loss, passed):
     """M1 of the failures: 148.5 was called "expected and correct"."""
     found = contracts.initial_losses(
-        result(initial={"loss": 1.0, "class": loss}), {"loss": (0.9, 1.1), "class": (2.0, 3.0)})
+        Expecting({"loss": (0.9, 1.1), "class": (2.0, 3.0)}),
+        result(initial={"loss": 1.0, "class": loss}), {})
     assert {check.id: check.passed for check in found} == {
         "initial_loss": True, "initial_class": passed}
     assert all(check.severity == "error" for check in found)
+    assert [check.advice for check in found] == ["of loss", "of class"]
+
+
+@pytest.mark.parametrize("loss, passed, severity", [
+    (3.0, True, "error"), (3.1, False, "warning"), (9.0, False, "warning"), (9.1, False, "error"),
+    (1.9, False, "error"),
+])
+def test_a_somewhat_uneven_start_is_only_noted(loss, passed, severity):
+    """Sound networks may start at up to three times the upper end; nothing excuses a low start."""
+    (check,) = contracts.initial_losses(
+        Expecting({"loss": (2.0, 3.0)}), result(initial={"loss": loss}), {})
+    assert (check.passed, check.severity) == (passed, severity)
 
 
 def test_parameters_without_a_gradient_are_counted_and_named():
@@ -120,6 +147,30 @@ def test_parameters_in_no_group_or_in_two_are_found(tmp_path, tiny_params, fault
     assert check.value == {"missing": "1 in none, 0 in several",
                            "twice": "0 in none, 1 in several"}[fault]
     assert ("conv1.1.weight" in check.advice) is (fault == "missing")
+
+
+# -- sizes ------------------------------------------------------------------------------------
+
+
+def test_d12_every_size_of_the_run_is_tried_and_shown(tmp_path, tiny_params):
+    params = tiny_params(tmp_path, **{"train.image_sizes": [48, [32, 64]]})
+    check = contracts.accepts_sizes(params, 10)
+    assert check.passed and check.value == "32 x 32, 32 x 64, 48 x 48"
+
+
+@pytest.mark.parametrize("name, shown", [
+    ("yolo_n", "64 x 64, 72 x 104 (padded to 96 x 128)"), ("rtdetr_tiny", "64 x 64, 72 x 104"),
+])
+def test_d12_a_size_that_is_padded_says_to_what(tmp_path, tiny_detect, name, shown):
+    params = tiny_detect(tmp_path, model__name=name, train__image_sizes=[[72, 104]])
+    assert contracts.accepts_sizes(params, 10).value == shown
+
+
+def test_a_size_that_the_network_does_not_take_is_refused(tmp_path, tiny_params):
+    params = tiny_params(tmp_path, **{
+        "model.name": "test_vit", "data.image_size": 160, "train.image_sizes": [[100, 160]]})
+    with pytest.raises(BadInput, match="test_vit does not take 100 x 160 pixels"):
+        contracts.accepts_sizes(params, 10)
 
 
 # -- the plan ---------------------------------------------------------------------------------

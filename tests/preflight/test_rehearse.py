@@ -48,6 +48,24 @@ def test_a_sound_run_is_rehearsed_to_the_end(rehearsed, overrides):
     assert found.checkpoint_bytes == pytest.approx(copies * weights, rel=0.2)
 
 
+@pytest.mark.parametrize("overrides, shown", [
+    ({"model.name": "rtdetr_tiny", "data.image_size": [64, 96], "optim.backbone_lr": 0.1},
+     "4 x 3 x 64 x 96"),
+    ({"model.name": "yolo_n", "train.image_sizes": [[72, 104], 64], "train.accumulate": 2},
+     "2 x 3 x 96 x 128, then 2 x 3 x 64 x 64"),
+    ({"model.name": "yolo_n", "data.boxes.multi_scale": 0.4, "data.boxes.mosaic": 1.0}, None),
+])
+def test_a_detector_is_rehearsed_at_the_sizes_it_gets(tmp_path, tiny_detect, overrides, shown):
+    params = tiny_detect(tmp_path, **overrides)
+    run = Run(tmp_path / "run")
+    run.path.mkdir()
+    found = rehearse(build_task(params, CPU), params, run)
+    checks = {check.id: check for check in found.checks}
+    assert all(check.passed for check in checks.values())
+    assert "val/mAP" in checks["rehearsed_eval"].title
+    assert shown is None or checks["input_shape"].value == shown
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_a_run_shorter_than_the_rehearsal_is_rehearsed_too(rehearsed, steps):
     _, found, checks = rehearsed(train__steps=steps)

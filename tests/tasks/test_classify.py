@@ -31,7 +31,7 @@ def test_the_first_loss_is_in_the_range_that_theory_gives(tmp_path, tiny_params,
     task = build_task(tiny_params(tmp_path, model__name=name, seed=seed), CPU)
     (batch,) = task.frozen_batches(1, 32)
     loss = task.losses(task.model.train(), task.to_device(batch))["loss"].item()
-    low, high = task.expected_initial()["loss"]
+    low, high = task.expected_initial(batch)["loss"]
     assert low <= loss <= high
     assert low < math.log(10) < high
 
@@ -50,7 +50,7 @@ def test_the_first_loss_leaves_that_range_where_something_is_wrong(task, wrong):
             model.get_classifier().weight *= 10
             model.get_classifier().bias += 10 * torch.randn(10)
     loss = task.losses(model, batch)["loss"].item()
-    low, high = task.expected_initial()["loss"]
+    low, high = task.expected_initial(batch)["loss"]
     assert not low <= loss <= high
 
 
@@ -79,7 +79,7 @@ def test_a_head_narrower_than_the_labels_names_the_first_label_outside(tmp_path,
 
 def test_a_head_wider_than_the_labels_is_fine_and_judged_on_the_labels(tmp_path, tiny_params):
     task = build_task(tiny_params(tmp_path, model__num_classes=12), CPU)
-    metrics = task.evaluate(oracle(task), task.eval_batches("val"))
+    metrics = task.evaluate(oracle(task), task.eval_batches("val"), "val")
     assert metrics["top1"] == 1.0
     assert task.guessing == {"loss": math.log(10), "top1": 0.1}
 
@@ -151,14 +151,14 @@ def oracle(task, offset: int = 0) -> nn.Module:
 
 
 def test_ground_truth_fed_back_scores_one(task):
-    metrics = task.evaluate(oracle(task), task.eval_batches("val"))
+    metrics = task.evaluate(oracle(task), task.eval_batches("val"), "val")
     assert metrics["top1"] == metrics["top5"] == metrics["top1_relabelled"] == 1.0
     assert metrics["loss"] < 1e-6
     assert task.memorised(metrics).passed
 
 
 def test_ground_truth_of_the_next_class_scores_zero_and_is_mended_by_renaming(task):
-    metrics = task.evaluate(oracle(task, offset=1), task.eval_batches("val"))
+    metrics = task.evaluate(oracle(task, offset=1), task.eval_batches("val"), "val")
     assert metrics["top1"] == 0.0 and metrics["top1_relabelled"] == 1.0
     assert metrics["loss"] == pytest.approx(50)
     assert not task.memorised(metrics).passed
@@ -173,7 +173,7 @@ def test_predictions_line_up_with_the_files(task):
 
 def test_fewer_than_five_classes_give_as_many_guesses(tmp_path, tiny_params):
     task = build_task(tiny_params(tmp_path, data__classes=["3", "7"]), CPU)
-    metrics = task.evaluate(task.model.eval(), task.eval_batches("val"))
+    metrics = task.evaluate(task.model.eval(), task.eval_batches("val"), "val")
     assert metrics["top5"] == 1.0
 
 

@@ -139,6 +139,31 @@ def test_an_average_that_lags_is_named_as_such(average, passed):
     assert "ema_follows" not in judged(records())
 
 
+@pytest.mark.parametrize("average, passed", [(0.585, True), (0.57, False)])
+def test_an_average_that_lags_is_found_by_the_metric_of_detection_too(average, passed):
+    rows = box_records(**{"val/mAP": average, "val/mAP_raw": 0.60, "val/loss_raw": 9.0})
+    check = judged(rows)["ema_follows"]
+    assert check.passed is passed and check.title.startswith("val/mAP of the moving average")
+
+
+def box_records(train_losses=None, val_losses=(3.0, 2.0, 1.5), **values: float) -> list[dict]:
+    """A run of detection, for which guessing has no metric."""
+    def as_boxes(row: dict) -> dict:
+        kept = {key: value for key, value in row.items() if not key.startswith("val/top1")}
+        if row["kind"] == "eval":
+            kept |= {"val/mAP": 0.5, "val/mAP50": 0.7} | values
+        return kept | ({"guessing": {}} if "guessing" in row else {})
+
+    return [as_boxes(row) for row in records(train_losses, val_losses)]
+
+
+def test_a_run_without_a_metric_of_guessing_is_judged_by_the_other_rules():
+    found = judged(box_records())
+    assert "val_agrees" not in found and {"finite", "completed", "overfitting"} <= set(found)
+    assert all(check.passed for check in found.values())
+    assert not judged(box_records(val_losses=(2.0, 1.0, 1.3)))["overfitting"].passed
+
+
 @pytest.mark.parametrize("train_falls, val_losses, passed", [
     (True, (2.0, 1.0, 1.3), False), (True, (2.0, 1.0, 1.1), True), (True, (2.0, 1.0, 0.9), True),
     (False, (2.0, 1.0, 1.3), True),  # both rise: not memorised but unstable
@@ -233,6 +258,22 @@ def test_a_sound_analysis_passes_and_each_promise_broken_is_named():
     assert "estimate" not in analysed(estimated=None) and "target" not in analysed()
     other = analysed(**{"val/loss": 5.0, "val/top1": 0.01, "val/top1_relabelled": 0.9})
     assert not other["val_agrees"].passed and "permuted" in other["val_agrees"].advice
+
+
+def test_an_analysis_without_a_metric_of_guessing_keeps_its_other_promises():
+    metrics = {"train/mAP50": 0.8, "val/mAP50": 0.7, "train/mAP": 0.9, "val/mAP": 0.5}
+
+    def of(headline: str, target: float) -> dict[str, Check]:
+        params = Params().model_copy(update={"train": Params().train.model_copy(
+            update={"target": target})})
+        found = diagnose.analysis_checks(params, headline, metrics, {}, None, 1.0)
+        return {check.id: check for check in found}
+
+    found = of("val/mAP50", 0.7)
+    assert set(found) == {"target", "gap"} and all(check.passed for check in found.values())
+    assert found["gap"].value == pytest.approx(0.1) and found["gap"].title.startswith("mAP50 ")
+    strict = of("val/mAP", 0.6)
+    assert not strict["target"].passed and not strict["gap"].passed
 
 
 # -- real runs --------------------------------------------------------------------------------

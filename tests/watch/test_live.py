@@ -164,13 +164,24 @@ def test_the_line_says_everything():
     records.event("train planned", steps=2000, epochs=20.0)
     records.steps(1, 1000, seconds=1.0, lr=0.0123)
     records.eval(1000, seconds=20.0, **{"val/loss": 0.1, "val/top1": 0.91234, "val/top5": 1.0})
-    text = live.text_of(records.status(dollars_per_hour=36.0, eval_every_epochs=10.0))
+    text = live.text_of(records.status(dollars_per_hour=36.0, eval_every_epochs=10.0,
+                                       headline_name="val/top1"))
     assert text == (
         "train  50 % running · step 1,000 / 2,000 · epoch 10.00 / 20 · loss 1 · val/top1 0.9123 · "
         "left 17 min 0 s · elapsed 17 min 0 s · lr 1.23e-02 · images/s 10 · wait 25 % · "
         "cost $10.20 of $20.40"
     )
     assert "cost" not in live.text_of(records.status())
+
+
+@pytest.mark.parametrize("headline, value", [("val/mAP", 0.25), ("val/mAP50", 0.5)])
+def test_the_metric_shown_is_the_headline_of_the_params(headline, value):
+    records = Records()
+    records.event("stage started")
+    records.steps(1, 10, seconds=1.0)
+    records.eval(10, seconds=1.0, **{"val/loss": 2.0, "val/mAP": 0.25, "val/mAP50": 0.5})
+    assert records.status(headline_name=headline).headline == (headline, value)
+    assert records.status(headline_name="val/top1").headline is None
 
 
 def test_html_escapes_and_sets_no_text_colour():
@@ -311,6 +322,48 @@ def test_a_view_that_breaks_does_not_break_training(run, monkeypatch, capsys, ca
 
 
 # -- on a terminal ----------------------------------------------------------------------------
+
+
+class Shown:
+    """What a notebook would show of one display, each state in turn."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def display(self, bundle: dict, raw: bool, display_id: bool) -> "Shown":
+        assert raw and display_id
+        self.update(bundle, raw)
+        return self
+
+    def update(self, bundle: dict, raw: bool) -> None:
+        self.texts.append(bundle["text/plain"])
+        assert bundle["text/html"] == f"<div>{bundle['text/plain']}</div>"
+
+
+def test_a_counter_shows_how_far_it_is_and_what_is_left(monkeypatch):
+    shown, clock = Shown(), [100.0]
+    monkeypatch.setattr(live, "display", shown.display)
+    monkeypatch.setattr(live.time, "monotonic", lambda: clock[0])
+    with live.Counter("pictures read") as counter:
+        for done in range(1, 1001):
+            clock[0] += 0.1
+            counter(done, 2000)
+    assert shown.texts[0] == "0 of 0 pictures read in 0.0 s"
+    assert shown.texts[-1] == (
+        "1,000 of 2,000 pictures read in 1 min 40 s (10 a second, 1 min 40 s left)")
+    assert 3 < len(shown.texts) <= 3 + 100 / live.TICK_SECONDS  # not at every call
+
+
+def test_a_counter_that_is_done_leaves_nothing_and_one_that_fails_says_how_far(monkeypatch):
+    shown = Shown()
+    monkeypatch.setattr(live, "display", shown.display)
+    with live.Counter("pictures read") as counter:
+        counter(7, 7)
+    assert shown.texts[-1].startswith("7 of 7 pictures read") and "left" not in shown.texts[-1]
+    with pytest.raises(ZeroDivisionError), live.Counter("pictures read") as counter:
+        counter(3, 7)
+        raise ZeroDivisionError
+    assert shown.texts[-1].startswith("3 of 7 pictures read")
 
 
 class Terminal(io.StringIO):
