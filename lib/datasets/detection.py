@@ -189,13 +189,17 @@ class DetectionDataset:
         boxes, labels, is_crowd, _ = self.annotations(index)
         return boxes[~is_crowd], labels[~is_crowd]
 
+    def file(self, index: int) -> Path:
+        """Where picture `index` is."""
+        return self.root / self.paths[index]
+
     def open(self, index: int) -> Image.Image:
         """Picture `index`, header read and pixels still on disk.
 
         A picture that is not of the annotated size is refused: its boxes would lie elsewhere.
         One of the annotated size only as it is stored keeps lying so, whatever its EXIF tag says.
         """
-        image = pictures.open_picture(self.root / self.paths[index])
+        image = pictures.open_picture(self.file(index))
         wanted = tuple(self.sizes[index].tolist())
         try:
             if pictures.upright_size(image) != wanted:
@@ -211,12 +215,12 @@ class DetectionDataset:
         return pictures.decoded(image, self.mode)
 
     def unreadable(self, index: int, error: Exception) -> BadInput:
-        return pictures.unreadable(self.root / self.paths[index], error)
+        return pictures.unreadable(self.file(index), error)
 
     def _other_size(self, index: int, size: tuple[int, int]) -> str:
         width, height = self.sizes[index]
         return (
-            f"{self.root / self.paths[index]}: {size[0]} x {size[1]} pixels, the annotations say "
+            f"{self.file(index)}: {size[0]} x {size[1]} pixels, the annotations say "
             f"{width} x {height}; the boxes belong to another version of this picture"
         )
 

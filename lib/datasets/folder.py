@@ -65,6 +65,10 @@ class FolderDataset:
     def __len__(self) -> int:
         return len(self.paths)
 
+    def file(self, index: int) -> Path:
+        """Where image `index` is."""
+        return self.paths[index]
+
     def open(self, index: int) -> Image.Image:
         """Image `index`, header read and pixels still on disk."""
         return pictures.open_picture(self.paths[index])

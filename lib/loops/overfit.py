@@ -38,8 +38,9 @@ def overfit(task: Task, params: Params, run: Run, batches: list[Batch]) -> Overf
     """Train on `batches` again and again until `task.memorised`, or overfit.steps are done.
 
     AdamW with a cosine to zero, whatever the run's own optimizer, so that this gate tests the
-    data, the network and the losses alone. Every image is judged in evaluation mode, by a copy
-    whose BatchNorm statistics are those of the frozen images.
+    data, the network and the losses alone. Every image is judged in evaluation mode, with the
+    BatchNorm statistics of all frozen images. In the second half they are fixed in training too:
+    else the network learns to use those of each small batch, which evaluation does not have.
     """
     config, model = params.overfit, task.model.train()
     adamw = Optim(name="adamw", weight_decay=0.0)
@@ -49,7 +50,10 @@ def overfit(task: Task, params: Params, run: Run, batches: list[Batch]) -> Overf
     initial: dict[str, float] = {}
     metrics: dict[str, float] = {}
     step, finite = 0, True
+    settle_step = config.steps // 2
     for step in range(1, config.steps + 1):
+        if step == settle_step:
+            settle_norms(task, model, batches)
         started = time.perf_counter()
         lr = config.lr * (1 + math.cos(math.pi * (step - 1) / config.steps)) / 2
         optim.set_lr(optimizer, lr)
@@ -70,28 +74,33 @@ def overfit(task: Task, params: Params, run: Run, batches: list[Batch]) -> Overf
         optimizer.zero_grad()
         run.record("step", step=step, **values, lr=lr, seconds=time.perf_counter() - started)
         if step % EVAL_EVERY == 0 or step == config.steps:
+            judged = copy.deepcopy(model)
+            if step < settle_step:
+                settle_norms(task, judged, batches)
             with torch.no_grad(), autocast(task.device, params.train.precision):
-                metrics = task.evaluate(_settled(task, model, batches), batches, "train")
+                metrics = task.evaluate(judged.eval(), batches, "train")
             run.record("eval", step=step, **{f"frozen/{k}": v for k, v in metrics.items()})
             if task.memorised(metrics).passed:
                 break
     return OverfitResult(initial, metrics, tuple(sorted(silent)), step, finite)
 
 
-def _settled(task: Task, model: nn.Module, batches: list[Batch]) -> nn.Module:
-    """A copy in evaluation mode, its BatchNorm statistics measured anew on these batches.
+def settle_norms(task: Task, model: nn.Module, batches: list[Batch]) -> None:
+    """Measure BatchNorm's statistics anew on these batches, and keep them from now on.
 
     Running ones lag behind weights that move this fast (momentum 0.03 remembers 30 steps), and
-    would fail a network that knows the images by heart.
+    would fail a network that knows the images by heart. Those the network keeps fixed stay so.
     """
-    settled = copy.deepcopy(model)
-    norms = [module for module in settled.modules()
+    norms = [module for module in model.modules()
              if isinstance(module, _BatchNorm) and module.training]
-    settled.eval()
+    model.eval()
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # the plain mean over batches
         norm.train()
-    for batch in batches if norms else ():
-        task.scores(settled, task.to_device(batch)["images"])
-    return settled.eval()
+    with torch.no_grad(), autocast(task.device, task.params.train.precision):
+        for batch in batches if norms else ():
+            task.scores(model, task.to_device(batch)["images"])
+    model.train()
+    for norm in norms:
+        norm.eval()

@@ -25,6 +25,7 @@ from lib.models.boxes import cxcywh_to_xyxy, scale_boxes, xyxy_to_cxcywh
 
 STRIDES = (8, 16, 32)
 NUM_BINS = 16  # a side may be 0 to 15 strides away from its anchor
+PRIOR_DECAY = math.log(3)  # each further distance starts three times less likely: half a stride
 PRIOR_BOXES = 5  # boxes that each level expects in a 640 x 640 image, before any training
 NUM_NMS_CANDIDATES = 3000  # best (anchor, class) pairs of an image that go into suppression
 
@@ -70,6 +71,16 @@ def class_prior_bias(strides: Tensor, num_classes: int) -> Tensor:
     """
     prior = PRIOR_BOXES / (num_classes * (640 / strides) ** 2)
     return torch.logit(prior)
+
+
+def distance_prior(device: torch.device | None = None) -> Tensor:
+    """Logits of an untrained network over the distances of one side, (16,).
+
+    Boxes start one stride wide. A uniform start is 15 strides wide: what it shares with a small
+    object is next to nothing, and the assignment teaches a box in proportion to just that, so
+    small objects would wait until all others are learnt.
+    """
+    return -PRIOR_DECAY * torch.arange(NUM_BINS, dtype=torch.float32, device=device)
 
 
 class YOLO(nn.Module):
@@ -121,12 +132,12 @@ class YOLO(nn.Module):
     def init_heads(self) -> None:
         """Start from known outputs, so that the first loss can be checked against arithmetic.
 
-        Small last weights let the biases speak: each class logit is its prior, and each side's
-        distribution is uniform (zero logits), 7.5 strides away on average, with a DFL of ln 16.
+        Small last weights let the biases speak: each class logit is its prior, each side's
+        distribution is `distance_prior`.
         """
         for stride, box_head, cls_head in zip(STRIDES, self.box_heads, self.cls_heads, strict=True):
             nn.init.normal_(box_head.predict.weight, std=0.01)
-            nn.init.zeros_(box_head.predict.bias)
+            box_head.predict.bias.copy_(distance_prior().repeat(4))
             nn.init.normal_(cls_head.predict.weight, std=0.01)
             cls_head.predict.bias.fill_(class_prior_bias(torch.tensor(stride), self.num_classes))
 

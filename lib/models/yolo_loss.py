@@ -24,6 +24,7 @@ from lib.models.yolo import (
     YOLOOutputs,
     class_prior_bias,
     decode_distances,
+    distance_prior,
     make_anchors,
 )
 
@@ -227,29 +228,25 @@ def mean_over_processes(value: Tensor) -> Tensor:
 def expected_initial(
     boxes: Tensor, labels: Tensor, image_size: tuple[int, int], num_classes: int
 ) -> dict[str, Tensor]:
-    """The unweighted "cls" and "dfl" of an untrained network for these targets, by arithmetic.
+    """The unweighted terms of an untrained network for these targets, by arithmetic.
 
-    With each class logit at its prior bias b and each distribution uniform, the assignment, hence
-    the sum S of the target scores, follows from the targets alone, and
+    With each class logit at its prior bias b and each side at `distance_prior`, the assignment,
+    hence the sum S of the target scores, follows from the targets alone, and so do all terms:
 
         cls = (B C sum_a softplus(b_a) - sum of b over the targets, each times its score) / S
-        dfl = ln 16
 
     Targets as in `yolo_loss`. A fresh network comes within a few percent; one without the prior
     bias starts with ln 2 for each of its B A C logits, orders of magnitude above.
     """
     anchors, strides = make_anchors(image_size, boxes.device)
     bias = class_prior_bias(strides, num_classes)  # (A,)
+    sides = distance_prior(boxes.device).repeat(4)  # (4 * 16,)
     num_images, num_anchors = len(boxes), len(anchors)
     initial = YOLOOutputs(
         bias.view(1, -1, 1).expand(num_images, -1, num_classes),
-        bias.new_zeros(1, 1, 1).expand(num_images, num_anchors, 4 * NUM_BINS),
+        sides.expand(num_images, num_anchors, -1),
         anchors,
         strides,
     )
-    targets = cxcywh_to_xyxy(scale_boxes(boxes.float(), *image_size))
-    assignment = assign(initial, targets, labels)
-    weights = assignment.weights
-    background = num_images * num_classes * F.softplus(bias).sum()
-    cls = (background - (weights * bias[assignment.anchors]).sum()) / weights.sum().clamp(min=1)
-    return {"cls": cls, "dfl": cls.new_tensor(math.log(NUM_BINS))}
+    terms = yolo_loss(initial, boxes, labels, image_size)
+    return {name: terms[name] for name in ("box", "cls", "dfl")}

@@ -180,7 +180,7 @@ def picture_checks(task: Task, progress: Callable[[int, int], None]) -> list[Che
 def _read(dataset, index: int) -> Picture:
     """Decode one picture, at an eighth of its size where JPEG allows it: all of it is still read.
     """
-    path = str(dataset.paths[index])
+    path = str(dataset.file(index))
     try:
         image = dataset.open(index)
         size = image.size

@@ -202,9 +202,8 @@ class Detect:
             )
         if term == "dfl":
             return (
-                "At 0: no box reaches an anchor, as boxes are not normalized by the picture's "
-                "width and height. Else: an untrained head's distributions are uniform (ln 16), "
-                "and this one's are not."
+                "The sides of an untrained head start at their prior, boxes of one stride: this "
+                "head's do not, or the boxes are not normalized by the picture's width and height."
             )
         return (
             "Far above: the class head has no prior bias, so that every query or anchor starts "

@@ -180,9 +180,9 @@ class YOLO:
         expected = yolo_loss.expected_initial(
             batch["boxes"], batch["labels"], size, model.num_classes
         )
-        around = {name: (0.8 * float(value), 1.25 * float(value))
-                  for name, value in expected.items()}
-        return {"box": (0.0, 3.0), **around}  # 1 - CIoU ends below 3
+        # Never from 0: a term is 0 where no target reaches an anchor, as boxes in pixels do not.
+        return {name: (max(0.8 * float(value), 0.05), 1.25 * float(value))
+                for name, value in expected.items()}
 
 
 FAMILIES: dict[str, tuple[type[Family], tuple[str, ...]]] = {

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -88,9 +89,11 @@ class Analysis:
 class Dataset(Protocol):
     """One split on disk."""
 
-    paths: Sequence
-
     def __len__(self) -> int: ...
+
+    def file(self, index: int) -> Path:
+        """Where picture `index` is."""
+        ...
 
     def open(self, index: int) -> Image.Image:
         """Picture `index`, header read. Raises BadInput for what cannot be opened."""

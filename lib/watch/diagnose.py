@@ -22,7 +22,7 @@ def train_checks(records: list[dict], params: Params) -> list[Check]:
     events = [row for row in rows if row["kind"] == "event"]
     rules = (
         _finite(events, evals, steps), _completed(events), _learned(evals, steps),
-        _val_agrees(events, evals, steps), _ema_follows(evals), _not_overfitting(evals, steps),
+        _val_agrees(events, evals, steps), _ema_follows(evals, params.headline), _not_overfitting(evals, steps),
         _data_keeps_up(steps),
     )
     return [check for check in rules if check is not None]
@@ -142,10 +142,8 @@ def disagreement(
     )
 
 
-def _ema_follows(evals: list[dict]) -> Check | None:
-    raw_names = [name for name in evals[-1] if name.endswith("_raw")] if evals else []
-    headline = next((name.removesuffix("_raw") for name in raw_names if "loss" not in name), None)
-    if headline is None:
+def _ema_follows(evals: list[dict], headline: str) -> Check | None:
+    if not evals or f"{headline}_raw" not in evals[-1]:
         return None
     ema, raw = evals[-1][headline], evals[-1][f"{headline}_raw"]
     return Check(

@@ -150,7 +150,7 @@ def test_batch_norm_settings():
 
 
 def test_fresh_network_is_at_its_prior():
-    """Class scores at the prior, boxes 7.5 strides to each side."""
+    """Class scores at the prior, boxes one stride wide: small objects are taught at once."""
     torch.manual_seed(0)
     with torch.no_grad():
         outputs = yolo.build("n", NUM_CLASSES)(pictures(4, 96, 96))
@@ -158,7 +158,7 @@ def test_fresh_network_is_at_its_prior():
     prior = yolo.class_prior_bias(outputs.strides, NUM_CLASSES).sigmoid()
     torch.testing.assert_close(scores.mean((0, 2)), prior, rtol=0.1, atol=0)
     sizes = boxes[..., 2:] * 96 / outputs.strides.view(1, -1, 1)
-    torch.testing.assert_close(sizes, torch.full_like(sizes, 15.0), rtol=0.1, atol=0)
+    torch.testing.assert_close(sizes, torch.ones_like(sizes), rtol=0.3, atol=0)
 
 
 def test_exact_distributions_decode_to_exact_boxes():
