@@ -22,8 +22,8 @@ def train_checks(records: list[dict], params: Params) -> list[Check]:
     events = [row for row in rows if row["kind"] == "event"]
     rules = (
         _finite(events, evals, steps), _completed(events), _learned(evals, steps),
-        _val_agrees(events, evals, steps), _ema_follows(evals, params.headline), _not_overfitting(evals, steps),
-        _data_keeps_up(steps),
+        _val_agrees(events, evals, steps), _ema_follows(evals, params.headline),
+        _not_overfitting(evals, steps), _data_keeps_up(steps),
     )
     return [check for check in rules if check is not None]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lib.loops.train import train
-from lib.params import Params
+from lib.params import Data, Detect, Params
 from lib.run import Check, Run
 from lib.tasks import build_task
 from lib.watch import diagnose
@@ -41,8 +41,9 @@ def records(train_losses=None, val_losses=(3.0, 2.0, 1.5), reason: str = "finish
     ]
 
 
-def judged(rows: list[dict]) -> dict[str, Check]:
-    return {check.id: check for check in diagnose.train_checks(rows, Params())}
+def judged(rows: list[dict], params: Params | None = None) -> dict[str, Check]:
+    checks = diagnose.train_checks(rows, params or Params())
+    return {check.id: check for check in checks}
 
 
 def test_a_run_that_goes_well_passes_every_rule():
@@ -141,9 +142,10 @@ def test_an_average_that_lags_is_named_as_such(average, passed):
 
 @pytest.mark.parametrize("average, passed", [(0.585, True), (0.57, False)])
 def test_an_average_that_lags_is_found_by_the_metric_of_detection_too(average, passed):
-    rows = box_records(**{"val/mAP": average, "val/mAP_raw": 0.60, "val/loss_raw": 9.0})
-    check = judged(rows)["ema_follows"]
-    assert check.passed is passed and check.title.startswith("val/mAP of the moving average")
+    rows = box_records(**{"val/mAP50": average, "val/mAP50_raw": 0.60, "val/loss_raw": 9.0})
+    params = Params(task="detect", data=Data(format="coco"), detect=Detect(headline="mAP50"))
+    check = judged(rows, params)["ema_follows"]
+    assert check.passed is passed and check.title.startswith("val/mAP50 of the moving average")
 
 
 def box_records(train_losses=None, val_losses=(3.0, 2.0, 1.5), **values: float) -> list[dict]:
