@@ -160,7 +160,9 @@ class YOLO:
         size = tuple(batch["images"].shape[-2:])
         terms = yolo_loss.yolo_loss(outputs, batch["boxes"], batch["labels"], size, gains)
         # The published learning rates of this family are for a loss summed over the images.
-        return terms | {"loss": terms["loss"] * params.train.batch_size}
+        summed = {name: term * params.train.batch_size for name, term in terms.items()
+                  if name == "loss" or name.endswith("_weighted")}
+        return terms | summed
 
     @staticmethod
     def scores(outputs: yolo.YOLOOutputs) -> Tensor:

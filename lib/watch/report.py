@@ -83,7 +83,8 @@ def _as_yaml(value: Any) -> str:
 
 def _metric_value(key: str, value: Any) -> str:
     """Shares in per cent, everything else to four digits."""
-    share = isinstance(value, float) and 0 <= value <= 1 and not key.endswith("loss")
+    is_count = key.endswith(("loss", "false_alarms"))  # boxes a picture, on average
+    share = isinstance(value, float) and 0 <= value <= 1 and not is_count
     return f"{100 * value:.2f} %" if share else shown(value)
 
 

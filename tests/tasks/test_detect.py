@@ -555,3 +555,15 @@ def test_the_network_is_a_function_of_the_seed(make, name):
     one, same, other = (make(model__name=name, seed=seed).model.state_dict() for seed in (3, 3, 4))
     assert all(torch.equal(one[key], same[key]) for key in one)
     assert not all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("name", ["rtdetr_tiny", "yolo_n"])
+def test_the_weighted_terms_add_up_to_the_loss(make, name):
+    """M2: weights that are not applied would show here."""
+    task = make(model__name=name)
+    (batch,) = task.frozen_batches(1, 4)
+    with torch.no_grad():
+        losses = task.losses(task.model.train(), task.to_device(batch))
+    weighted = [term for key, term in losses.items() if key.endswith("_weighted")]
+    assert len(weighted) == 3
+    torch.testing.assert_close(sum(weighted), losses["loss"])

@@ -369,3 +369,8 @@ def test_a_neighbour_of_another_version_does_not_spoil_the_list_of_runs(passed_r
     (other / "params.yaml").write_text("task: classify\nno_such_key: 1\n")
     page = report.render_all(passed_run.path.parent).read_text()
     assert passed_run.name in page and "from_another_version" not in page
+
+
+def test_a_count_below_one_is_no_share():
+    assert report._metric_value("val/mAP50", 0.1) == "10.00 %"
+    assert "%" not in report._metric_value("val/false_alarms", 0.1)
