@@ -50,7 +50,7 @@ def overfit(task: Task, params: Params, run: Run, batches: list[Batch]) -> Overf
     initial: dict[str, float] = {}
     metrics: dict[str, float] = {}
     step, finite = 0, True
-    settle_step = config.steps // 2
+    settle_step = max(1, config.steps // 2)
     for step in range(1, config.steps + 1):
         if step == settle_step:
             settle_norms(task, model, batches)
